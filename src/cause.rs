@@ -33,6 +33,18 @@ pub enum Cause {
     Draining,
     /// This machine has no port, descriptor, buffer or route left.
     LocalResource,
+    /// The store of the queues, or its disk, is full.
+    StoreFull,
+    /// The store of the queues cannot be written to.
+    StoreFailed,
+    /// The request is too large to be queued.
+    BodyTooLarge,
+    /// The Idempotency-Key was used before, with another request.
+    KeyReused,
+    /// No such delivery, for this client.
+    DeliveryUnknown,
+    /// The delivery is in another state than the request needs.
+    DeliveryState,
     /// A bug in the proxy, caught.
     Internal,
 }
@@ -59,7 +71,7 @@ pub enum GrpcCode {
 }
 
 impl Cause {
-    pub const ALL: [Self; 26] = [
+    pub const ALL: [Self; 32] = [
         Self::DnsFailure,
         Self::DnsTimeout,
         Self::DeniedNetwork,
@@ -85,6 +97,12 @@ impl Cause {
         Self::FaultInjected,
         Self::Draining,
         Self::LocalResource,
+        Self::StoreFull,
+        Self::StoreFailed,
+        Self::BodyTooLarge,
+        Self::KeyReused,
+        Self::DeliveryUnknown,
+        Self::DeliveryState,
         Self::Internal,
     ];
 
@@ -274,6 +292,48 @@ impl Cause {
                 ResourceExhausted,
                 "proxy_internal_error",
                 "The proxy has no port, descriptor or route left",
+            ),
+            Self::StoreFull => info(
+                "store_full",
+                StatusCode::INSUFFICIENT_STORAGE,
+                ResourceExhausted,
+                "proxy_internal_error",
+                "The store of the queues is full",
+            ),
+            Self::StoreFailed => info(
+                "store_failed",
+                UNAVAILABLE,
+                Unavailable,
+                "proxy_internal_error",
+                "The store of the queues cannot be used",
+            ),
+            Self::BodyTooLarge => info(
+                "body_too_large",
+                StatusCode::PAYLOAD_TOO_LARGE,
+                GrpcCode::InvalidArgument,
+                "http_request_error",
+                "The request is too large to be queued",
+            ),
+            Self::KeyReused => info(
+                "key_reused",
+                StatusCode::UNPROCESSABLE_ENTITY,
+                GrpcCode::InvalidArgument,
+                "http_request_error",
+                "The Idempotency-Key belongs to another request",
+            ),
+            Self::DeliveryUnknown => info(
+                "delivery_unknown",
+                StatusCode::NOT_FOUND,
+                GrpcCode::InvalidArgument,
+                "http_request_error",
+                "There is no such delivery",
+            ),
+            Self::DeliveryState => info(
+                "delivery_state",
+                StatusCode::CONFLICT,
+                GrpcCode::InvalidArgument,
+                "http_request_error",
+                "The state of the delivery does not allow it",
             ),
             Self::Internal => info(
                 "internal",

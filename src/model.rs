@@ -2,6 +2,7 @@
 
 mod edits;
 pub mod names;
+pub mod queue_route;
 mod route;
 mod side;
 mod snapshot;

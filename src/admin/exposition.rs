@@ -19,6 +19,7 @@ use prometheus_client::{
     registry::{Registry, Unit},
 };
 
+use super::queues;
 use crate::{
     identity::material::ExpiryKind,
     model::{Cluster, Snapshot, unknown::UnknownHosts},
@@ -48,7 +49,7 @@ pub fn render(control: &Arc<Control>, format: ExpositionFormat) -> Result<String
 #[derive(Debug)]
 struct MetricsCollector(Arc<Control>);
 
-type Labels<const N: usize> = [(&'static str, String); N];
+pub(super) type Labels<const N: usize> = [(&'static str, String); N];
 
 impl Collector for MetricsCollector {
     fn encode(&self, mut encoder: DescriptorEncoder) -> fmt::Result {
@@ -64,6 +65,7 @@ impl Collector for MetricsCollector {
         self.spans(&mut encoder)?;
         self.access_log(&mut encoder)?;
         let control = &self.0;
+        queues::encode(&mut encoder, &control.shared)?;
         let upstreams = upstreams::UpstreamRows::of(&control.shared);
         upstreams.encode(&mut encoder)
     }
@@ -276,7 +278,7 @@ fn process(encoder: &mut DescriptorEncoder, uptime: Duration) -> fmt::Result {
     }
 }
 
-fn single(
+pub(super) fn single(
     encoder: &mut DescriptorEncoder,
     name: &str,
     help: &str,
@@ -288,7 +290,7 @@ fn single(
 }
 
 /// Writes one metric for several label sets; nothing where there are none.
-fn family<M: EncodeMetric, const N: usize>(
+pub(super) fn family<M: EncodeMetric, const N: usize>(
     encoder: &mut DescriptorEncoder,
     name: &str,
     help: &str,

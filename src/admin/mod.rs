@@ -9,6 +9,7 @@ pub mod exposition;
 mod host_check;
 mod listen;
 mod probes;
+pub mod queues;
 pub mod reload;
 pub mod status;
 #[cfg(test)]

@@ -1,40 +1,27 @@
 //! The document of `GET /status`, which `outrigger status` shows.
 
-use std::{
-    collections::BTreeMap,
-    path::PathBuf,
-    sync::{Arc, atomic::Ordering},
-    time::Instant,
-};
+mod hosts;
+mod reporting;
+
+use std::{collections::BTreeMap, path::PathBuf, sync::atomic::Ordering, time::Instant};
 
 use serde::{Deserialize, Serialize};
 
-use super::{token_status::JwksStatus, upstreams::UpstreamStatus};
-use crate::{
-    config::{AccessLog, Telemetry},
-    identity::{Date, material, store::IdentityReport},
-    model::{Cluster, Snapshot},
-    proxy::{
-        address_check::may_be_reached,
-        worker::{Phase, Shared},
-    },
-    runtime::lifecycle::Control,
-    telemetry::{
-        metrics::{ConnectionCounters, EntryPoint, EntryPoints, WorkerLoad},
-        record::RequestRecord,
-        reporter::RequestTelemetry,
-        traces::Traces,
-        verdict::Verdict,
-    },
-    upstream::Resolution,
+pub use self::{
+    hosts::{ServiceAddressesStatus, UnknownHostsStatus, UnresolvedNames},
+    reporting::{AccessLogStatus, TracesStatus, TroubledRequest},
 };
-
-/// Most requests in `trouble`.
-const SHOWN_REQUESTS: usize = 5;
-/// Most unknown hosts, and most addresses of the service, shown in full.
-const SHOWN_HOSTS: usize = 50;
-/// Most unresolvable names: enough to see a misspelt one, too few to fill a screen with names that clients make up.
-const SHOWN_NOT_FOUND: usize = 5;
+use super::{
+    queues::{self, QueueStatus, StoreReport},
+    token_status::JwksStatus,
+    upstreams::UpstreamStatus,
+};
+use crate::{
+    identity::{Date, material, store::IdentityReport},
+    proxy::worker::Phase,
+    runtime::lifecycle::Control,
+    telemetry::metrics::{ConnectionCounters, EntryPoint, EntryPoints, WorkerLoad},
+};
 
 /// The state of a running sidecar.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -77,37 +64,16 @@ pub struct Status {
     pub inbound_addresses: ServiceAddressesStatus,
     pub upstreams: Vec<UpstreamStatus>,
     pub unknown: UnknownHostsStatus,
+    /// Empty without `[store]`.
+    #[serde(default)]
+    pub queues: Vec<QueueStatus>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub store: Option<StoreReport>,
     #[serde(default)]
     pub access_log: AccessLogStatus,
     /// The last requests that failed or needed more than one attempt, the latest first; `GET /requests` has more.
     #[serde(default)]
     pub trouble: Vec<TroubledRequest>,
-}
-
-/// Counts of access log lines since startup.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct AccessLogStatus {
-    /// `off`, `errors` or `all`.
-    pub mode: String,
-    pub written: u64,
-    /// Lost because the output was too slow.
-    pub dropped: u64,
-    /// Lost because writing failed.
-    pub failed: u64,
-}
-
-/// A request that failed or needed more than one attempt.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct TroubledRequest {
-    pub ended_seconds_ago: u64,
-    pub direction: String,
-    pub method: String,
-    pub upstream: Option<String>,
-    /// `None`: there was no response.
-    pub status: Option<u16>,
-    pub attempts: u32,
-    pub trace_id: String,
-    pub why: Option<String>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -196,62 +162,12 @@ pub struct WorkerStatus {
     pub busy_ms: u64,
 }
 
-/// The export of spans to the collector.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct TracesStatus {
-    /// The collector's URL, and the protocol.
-    pub to: String,
-    /// Share of the traces that begin here.
-    pub sample: f64,
-    pub sample_errors: bool,
-    /// Requests whose spans wait to be exported, and the limit.
-    pub waiting: usize,
-    pub queue: usize,
-    /// Spans by outcome: `exported`, `queue_full`, `failed`.
-    pub spans: BTreeMap<String, u64>,
-    /// Why the last batch was rejected, and when; absent if it was accepted.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub last_error: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub failed_seconds_ago: Option<u64>,
-}
-
 /// The traffic of one entry point.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EntryPointStatus {
     /// Requests and byte streams.
     pub count: u64,
     pub last_seconds_ago: Option<u64>,
-}
-
-/// Addresses of the service that redirected requests recently went to.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct ServiceAddressesStatus {
-    /// How many are known now.
-    pub known: usize,
-    /// The most recently used.
-    pub addresses: Vec<UpstreamStatus>,
-}
-
-/// Hosts that no upstream names, seen since startup.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct UnknownHostsStatus {
-    /// How many are known now.
-    pub known: usize,
-    /// The most recently used.
-    pub hosts: Vec<UpstreamStatus>,
-    /// Requested names that do not resolve.
-    #[serde(default)]
-    pub not_found: UnresolvedNames,
-}
-
-/// Names without an address, requested in the last five minutes.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct UnresolvedNames {
-    /// How many there are.
-    pub count: usize,
-    /// The errors of the most recently requested ones.
-    pub last: Vec<String>,
 }
 
 impl Status {
@@ -264,6 +180,7 @@ impl Status {
         let metrics = &control.shared.metrics;
         let to_strings =
             |addresses: &[std::net::SocketAddr]| addresses.iter().map(ToString::to_string).collect();
+        let (queues, store) = queues::status(&control.shared);
         Self {
             service: snapshot.config.service.name.clone(),
             build: Build { version: env!("CARGO_PKG_VERSION").to_owned() },
@@ -311,6 +228,8 @@ impl Status {
             inbound_addresses: ServiceAddressesStatus::of(&control.shared, now),
             upstreams: snapshot.clusters.iter().map(|cluster| UpstreamStatus::of(cluster, now)).collect(),
             unknown: UnknownHostsStatus::of(&control.shared, &snapshot, now),
+            queues,
+            store,
             access_log: AccessLogStatus::of(
                 &control.shared.request_telemetry,
                 snapshot.config.telemetry.access_log,
@@ -338,102 +257,10 @@ impl WorkerStatus {
     }
 }
 
-impl TracesStatus {
-    fn of(traces: &Traces, telemetry: &Telemetry) -> Option<Self> {
-        let export = traces.export()?;
-        let (waiting, queue) = export.queued();
-        let failed = export.state.last_error();
-        Some(Self {
-            to: export.destination.to_string(),
-            sample: *telemetry.sample,
-            sample_errors: telemetry.sample_errors,
-            waiting,
-            queue,
-            spans: export.state.counts.extract().map(|(word, count)| (word.to_owned(), count)).into(),
-            failed_seconds_ago: failed.as_ref().map(|(_, ago)| ago.as_secs()),
-            last_error: failed.map(|(error, _)| error),
-        })
-    }
-}
-
-impl AccessLogStatus {
-    fn of(calls: &RequestTelemetry, mode: AccessLog) -> Self {
-        let lines = calls.access_log.line_counts();
-        Self {
-            mode: mode.word().to_owned(),
-            written: lines.written.load(Ordering::Relaxed),
-            dropped: lines.dropped.load(Ordering::Relaxed),
-            failed: lines.failed.load(Ordering::Relaxed),
-        }
-    }
-}
-
-impl TroubledRequest {
-    fn last(calls: &RequestTelemetry) -> Vec<Self> {
-        let records = calls.requests.read();
-        records
-            .iter()
-            .filter(|record| record.verdict() != Verdict::Slow)
-            .take(SHOWN_REQUESTS)
-            .map(|r| Self::of(r))
-            .collect()
-    }
-
-    fn of(record: &RequestRecord) -> Self {
-        Self {
-            ended_seconds_ago: record.ended_at.map_or(0, |ended| ended.elapsed().as_secs()),
-            direction: record.direction().to_owned(),
-            method: record.method.to_string(),
-            upstream: record.upstream_name().map(ToOwned::to_owned),
-            status: record.status.map(|status| status.as_u16()),
-            attempts: record.attempts.count(),
-            trace_id: record.context.trace.to_string(),
-            why: record.explanation(),
-        }
-    }
-}
-
 impl EntryPointStatus {
     fn of(ways: &EntryPoints, way: EntryPoint, now: Instant) -> Self {
         let (count, last) = ways.read(way, now);
         Self { count, last_seconds_ago: last.map(|ago| ago.as_secs()) }
-    }
-}
-
-impl ServiceAddressesStatus {
-    fn of(shared: &Shared, now: Instant) -> Self {
-        let known = shared.inbound_addresses.read().0;
-        let statuses = known.iter().take(SHOWN_HOSTS).map(|cluster| UpstreamStatus::of(cluster, now));
-        Self { known: known.len(), addresses: statuses.collect() }
-    }
-}
-
-impl UnknownHostsStatus {
-    /// Separates hosts that requests can have reached from names that do not resolve.
-    fn of(shared: &Shared, snapshot: &Snapshot, now: Instant) -> Self {
-        let reached = |cluster: &Arc<Cluster>| {
-            let set = cluster.upstream.endpoints();
-            set.endpoints.iter().any(|endpoint| may_be_reached(shared, snapshot, cluster, endpoint.address))
-        };
-        let (known, unresolved): (Vec<_>, Vec<_>) =
-            shared.unknown_hosts.read().0.into_iter().partition(reached);
-        let statuses = known.iter().take(SHOWN_HOSTS).map(|cluster| UpstreamStatus::of(cluster, now));
-        Self { known: known.len(), hosts: statuses.collect(), not_found: UnresolvedNames::of(&unresolved) }
-    }
-}
-
-impl UnresolvedNames {
-    fn of(clusters: &[Arc<Cluster>]) -> Self {
-        let resolution_error = |cluster: &Arc<Cluster>| {
-            let set = cluster.upstream.endpoints();
-            match &set.resolution {
-                Resolution::Failed(error) if set.endpoints.is_empty() => Some(error.to_string()),
-                _ => None,
-            }
-        };
-        let mut errors = clusters.iter().filter_map(resolution_error);
-        let last: Vec<_> = errors.by_ref().take(SHOWN_NOT_FOUND).collect();
-        Self { count: last.len() + errors.count(), last }
     }
 }
 

@@ -5,8 +5,10 @@ use serde_json::{Map, Value as Json, json};
 
 use super::{
     Admin, Identity, Outbound, Policy, Runtime, Service, Telemetry,
+    queues::InboundRouteKeys,
     resolve::{InboundKeys, RouteKeys, UpstreamKeys},
 };
+use crate::{queue::store::settings::StoreSettings, resilience::queue::keys::QueueSettings};
 
 /// A commented example of every key with its default.
 pub const EXAMPLE: &str = include_str!("../../config/outrigger.toml");
@@ -26,7 +28,14 @@ pub fn json_schema() -> Json {
     } }));
     let mut upstream = table(&properties::<UpstreamKeys>(&mut generator), &[&inherited, &routes], &["name"]);
     describe(&mut upstream, "A destination of outbound requests.");
-    let mut inbound = table(&properties::<InboundKeys>(&mut generator), &[&inherited], &[]);
+    let mut inbound_route = table(&properties::<InboundRouteKeys>(&mut generator), &[], &[]);
+    describe(&mut inbound_route, "Requests to this service that are treated in their own way.");
+    let inbound_routes = as_map(json!({ "route": {
+        "type": "array", "items": inbound_route, "description": "Requests to this service that are treated in their own way; the most specific match wins.",
+    } }));
+    let mut inbound = table(&properties::<InboundKeys>(&mut generator), &[&inherited, &inbound_routes], &[]);
+    let mut queue = table(&properties::<QueueSettings>(&mut generator), &[], &["name"]);
+    describe(&mut queue, "Requests that are kept and delivered later.");
     describe(
         &mut inbound,
         "Requests to this service. Inherits no policy: timeouts 0, no retry, no limits unless set.",
@@ -39,6 +48,8 @@ pub fn json_schema() -> Json {
         "identity": section::<Identity>(&mut generator, "This service's certificate: files, or the SPIFFE Workload API."),
         "admin": section::<Admin>(&mut generator, "The admin page and API, probes and metrics."),
         "telemetry": section::<Telemetry>(&mut generator, "Traces and the access log."),
+        "store": section::<StoreSettings>(&mut generator, "Where the deliveries of queues are kept; absent: nowhere, and there can be no queue."),
+        "queue": { "type": "array", "items": queue, "description": "The queues." },
         "defaults": section::<Policy>(&mut generator, "The policy of every upstream; upstreams and routes override it key by key."),
         "upstream": { "type": "array", "items": upstream, "description": "The destinations of outbound requests." },
     });

@@ -19,11 +19,14 @@ pub fn tree(config: &Config) -> Value {
         telemetry,
         defaults,
         upstreams,
+        store,
+        queues,
         env_secrets: concealed,
     } = config;
     let mut tree = json!({
         "service": service, "runtime": runtime, "inbound": inbound, "outbound": outbound, "identity": identity,
-        "admin": admin, "telemetry": telemetry, "defaults": defaults, "upstream": upstreams,
+        "admin": admin, "telemetry": telemetry, "store": store,
+        "queue": queues, "defaults": defaults, "upstream": upstreams,
     });
     clean(&mut tree, concealed);
     tree
@@ -81,6 +84,7 @@ mod tests {
                 remove: Vec::new(),
             },
             response_headers: HeaderEdits::default(),
+            queue: None,
             policy: Policy::default(),
         });
         let mut config = Config { upstreams: vec![upstream], ..Config::default() };

@@ -2,6 +2,7 @@
 
 mod authorization;
 mod route;
+mod store;
 mod telemetry;
 
 use std::time::Duration;
@@ -36,6 +37,7 @@ pub(super) fn lint(config: &Config, root: &Node, problems: &mut Problems) {
     lints.endpoints(config);
     lints.authorization(config);
     lints.telemetry(config);
+    lints.store(config);
     lints.policy(&config.defaults, root.get("defaults"), root.get("defaults"));
     lints.policy(&config.inbound.policy, root.get("inbound"), root.get("inbound"));
     let defaults = root.get("defaults").map(|node| split_policy_keys(node).0).unwrap_or_default();

@@ -6,7 +6,8 @@ use super::node::{Node, Table, Value};
 
 /// Lists of tables whose entries are identified by a key: entries with equal keys are merged, new ones are appended.
 /// All other lists are replaced as a whole, so that a later file can also shorten them.
-const KEYED: [(&str, &str); 3] = [("upstream", "name"), ("route", "match"), ("port", "port")];
+const KEYED: [(&str, &str); 4] =
+    [("upstream", "name"), ("route", "match"), ("port", "port"), ("queue", "name")];
 
 /// Mutually exclusive keys of one table: setting one kind drops the inherited keys of the others, so that e.g.
 /// `fallback = { upstream = "dr" }` replaces an inherited fixed response.

@@ -22,6 +22,7 @@ mod node;
 mod parse;
 mod policy;
 mod provenance;
+mod queues;
 mod read;
 mod resolve;
 mod restart;

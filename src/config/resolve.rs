@@ -10,17 +10,33 @@ use super::{
     diagnostic::Problems,
     merge::merge_tables,
     node::{Node, NodeEntry, Table, Value},
+    queues,
     read::{read, unknown_key},
     schema::{MAX_CONNECTION_AGE, PING_INTERVAL, PING_TIMEOUT},
     security::{Identity, Jwt, MinTls, Mtls, Oauth2, TlsMode, UpstreamTls},
     user_timeout::UserTimeout,
     validate,
 };
-use crate::{authorization::AllowSettings, resilience::limit::LimitSettings, units::HumanDuration};
+use crate::{
+    authorization::AllowSettings,
+    resilience::{limit::LimitSettings, queue::keys::RouteQueue},
+    units::HumanDuration,
+};
 
 /// The tables of the file.
-pub(super) const SECTIONS: [&str; 9] =
-    ["service", "runtime", "inbound", "outbound", "identity", "admin", "telemetry", "defaults", "upstream"];
+pub(super) const SECTIONS: [&str; 11] = [
+    "service",
+    "runtime",
+    "inbound",
+    "outbound",
+    "identity",
+    "admin",
+    "telemetry",
+    "store",
+    "queue",
+    "defaults",
+    "upstream",
+];
 
 /// The keys of [`Policy`].
 pub(super) const POLICY_KEYS: [&str; 14] = [
@@ -157,6 +173,8 @@ pub(super) struct RouteKeys {
     request_headers: HeaderEdits,
     /// Edits of the response's header fields on the way to the client.
     response_headers: HeaderEdits,
+    /// Keeps requests in a `[[queue]]` and delivers them later; absent: none.
+    queue: Option<RouteQueue>,
 }
 
 /// Reads the whole tree. Values that could not be read are reported in `problems` and have their defaults here.
@@ -189,11 +207,14 @@ pub(super) fn resolve(root: &Node, service_name: String, problems: &mut Problems
         telemetry: section(root, "telemetry", problems),
         defaults,
         upstreams,
+        store: queues::store(root, problems),
+        queues: queues::queues(root, problems),
         env_secrets: problems.secrets().to_vec(),
     };
     validate::references(root, problems);
     validate::sections(&config, root, problems);
     validate::identity(&config, root, problems);
+    validate::queues(&config, root, problems);
     config
 }
 
@@ -226,11 +247,13 @@ fn section<T: DeserializeOwned + Default>(root: &Node, key: &str, problems: &mut
 fn inbound(node: Option<&Node>, has_identity: bool, problems: &mut Problems) -> Inbound {
     let empty = Node::table(None);
     let node = node.unwrap_or(&empty);
-    let (policy_keys, own) = split_policy_keys(node);
+    let (policy_keys, mut own) = split_policy_keys(node);
     let mut policy =
         policy(node, Some(inbound_policy(&policy_keys)), problems).unwrap_or_else(Policy::inbound);
     policy.sets_request_limits |= limits_requests(&policy_keys);
-    let keys: InboundKeys = read(&own, &POLICY_KEYS, problems).unwrap_or_default();
+    let routes = queues::inbound_routes(&mut own, &policy, problems);
+    let also: Vec<&str> = POLICY_KEYS.into_iter().chain(["route"]).collect();
+    let keys: InboundKeys = read(&own, &also, problems).unwrap_or_default();
     let default_mtls = if has_identity { Mtls::Strict } else { Mtls::Off };
     Inbound {
         listen: keys.listen,
@@ -242,6 +265,7 @@ fn inbound(node: Option<&Node>, has_identity: bool, problems: &mut Problems) -> 
         allow: keys.allow,
         jwt: keys.jwt,
         policy,
+        routes,
     }
 }
 
@@ -365,6 +389,7 @@ fn route(node: &Node, inherited: &Table, problems: &mut Problems) -> Option<Rout
         path_rewrite: keys.path_rewrite,
         request_headers: keys.request_headers,
         response_headers: keys.response_headers,
+        queue: keys.queue,
         policy,
     };
     validate::route(&route, node, problems);

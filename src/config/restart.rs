@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 
 use super::Config;
+use crate::queue::store::settings::StoreSettings;
 
 /// The keys that differ between two configurations and take effect only after a restart, e.g. `inbound.listen`.
 pub fn keys_needing_restart(old: &Config, new: &Config) -> Vec<String> {
@@ -21,6 +22,17 @@ pub fn keys_needing_restart(old: &Config, new: &Config) -> Vec<String> {
     differs("admin.token_file", old.admin.token_file != new.admin.token_file);
     differs("telemetry.otlp", old.telemetry.otlp != new.telemetry.otlp);
     differs("telemetry.protocol", old.telemetry.protocol != new.telemetry.protocol);
+    type StoreKey = fn(&StoreSettings) -> String;
+    let store: [(&str, StoreKey); 5] = [
+        ("store.path", |store| store.path.display().to_string()),
+        ("store.durability", |store| format!("{:?}", store.durability)),
+        ("store.max_bytes", |store| store.max_bytes.to_string()),
+        ("store.reserve", |store| store.reserve.to_string()),
+        ("store.key_file", |store| format!("{:?}", store.key_file)),
+    ];
+    for (key, value) in store {
+        differs(key, old.store.as_ref().map(value) != new.store.as_ref().map(value));
+    }
     let listeners = |config: &Config| -> HashMap<String, String> {
         let of =
             |upstream: &super::Upstream| Some((upstream.name.clone(), upstream.listen.as_ref()?.to_string()));

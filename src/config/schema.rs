@@ -12,7 +12,9 @@ use super::{
 };
 use crate::{
     authorization::AllowSettings,
+    queue::store::settings::StoreSettings,
     redact::{HeaderFields, Secret},
+    resilience::queue::keys::{QueueSettings, RouteQueue},
     text_value,
     units::{HumanDuration, Ratio},
 };
@@ -31,6 +33,10 @@ pub struct Config {
     /// `[defaults]`: the policy of hosts that no upstream names.
     pub defaults: Policy,
     pub upstreams: Vec<Upstream>,
+    /// `[store]`: where deliveries are kept.
+    pub store: Option<StoreSettings>,
+    /// `[[queue]]`
+    pub queues: Vec<QueueSettings>,
     /// Values of environment variables whose names denote credentials. They are never shown, in whatever key they
     /// occur.
     pub env_secrets: Vec<String>,
@@ -91,6 +97,7 @@ pub struct Inbound {
     /// End-user tokens, checked before the request reaches the service.
     pub jwt: Option<Jwt>,
     pub policy: Policy,
+    pub routes: Vec<Route>,
 }
 
 /// `[[inbound.port]]`
@@ -219,7 +226,7 @@ pub struct Upstream {
     pub routes: Vec<Route>,
 }
 
-/// `[[upstream.route]]`, resolved.
+/// `[[upstream.route]]` or `[[inbound.route]]`, resolved.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Route {
     pub matches: RouteMatch,
@@ -229,6 +236,8 @@ pub struct Route {
     pub path_rewrite: Option<String>,
     pub request_headers: HeaderEdits,
     pub response_headers: HeaderEdits,
+    /// Keeps requests and delivers them later.
+    pub queue: Option<RouteQueue>,
     pub policy: Policy,
 }
 
@@ -381,6 +390,7 @@ impl Default for Inbound {
             allow: Vec::new(),
             jwt: None,
             policy: Policy::inbound(),
+            routes: Vec::new(),
         }
     }
 }

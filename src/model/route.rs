@@ -12,6 +12,7 @@ use std::{borrow::Cow, cmp::Reverse, collections::HashMap};
 
 use http::{HeaderMap, HeaderName, HeaderValue, Method, uri::PathAndQuery};
 
+use super::queue_route::DELIVERIES;
 use crate::config::{Config, HostMatch, HostPattern, Route};
 pub use crate::url_path::normalise;
 
@@ -23,6 +24,8 @@ pub struct Router {
     suffixes: HashMap<String, ByPort>,
     any: ByPort,
     routes: Vec<Routes>,
+    /// Those of `[inbound]`, if there are any.
+    inbound: Option<Routes>,
 }
 
 /// The upstreams of one host name.
@@ -41,6 +44,8 @@ impl Router {
             }
             router.routes.push(Routes::new(&upstream.routes));
         }
+        let inbound = &config.inbound.routes;
+        router.inbound = (!inbound.is_empty()).then(|| Routes::new(inbound));
         router
     }
 
@@ -84,6 +89,11 @@ impl Router {
         // `*` matches at least one character before the dot.
         let dots = host.char_indices().filter(|(at, c)| *c == '.' && *at > 0);
         dots.filter_map(|(at, _)| self.suffixes.get(&host[at..])).find_map(|by_port| by_port.find(port))
+    }
+
+    /// The routes of `[inbound]`; `None`: it has none.
+    pub fn inbound(&self) -> Option<&Routes> {
+        self.inbound.as_ref()
     }
 
     /// The routes of an upstream.
@@ -146,6 +156,11 @@ impl Routes {
                 }
             };
             bucket.push(rule);
+        }
+        if routes.iter().any(|route| route.queue.is_some()) {
+            // Its index follows those of the routes: see `queue_routes`.
+            let deliveries = Rule { route: routes.len(), methods: Vec::new(), headers: Vec::new() };
+            compiled.prefixes.entry(DELIVERIES.to_owned()).or_default().insert(0, deliveries);
         }
         compiled.lengths = compiled.prefixes.keys().map(String::len).collect();
         compiled.lengths.sort_unstable_by_key(|length| Reverse(*length));

@@ -20,8 +20,15 @@ use crate::{
         store::IdentityStore,
         tls::ClientTls,
     },
-    model::{CompiledEdits, Router},
-    resilience::{rate::RateLimit, retry::RetryPolicy},
+    model::{
+        CompiledEdits, Router,
+        queue_route::{QueueRoute, queue_routes},
+    },
+    resilience::{
+        rate::RateLimit,
+        retry::{RetryPolicy, RetrySettings},
+    },
+    units::Toggle,
     upstream::{
         Upstream,
         connect::TlsTarget,
@@ -57,7 +64,7 @@ impl Snapshot {
 }
 
 /// An upstream with its current settings.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Cluster {
     pub settings: config::Upstream,
     pub upstream: Arc<Upstream>,
@@ -71,6 +78,8 @@ pub struct Cluster {
     rate: Option<Arc<RateLimit>>,
     /// Index of the upstream that `to` of each route names, likewise.
     pub route_to: Vec<Option<usize>>,
+    /// What `queue` of each route means, likewise; behind them the deliveries. Empty: no route has one.
+    pub queue_routes: Vec<Option<QueueRoute>>,
     /// Whether its addresses are resolved rather than written in the configuration: then `deny_networks` applies.
     pub is_resolved: bool,
     /// The OAuth 2 token that every request to it carries.
@@ -80,7 +89,7 @@ pub struct Cluster {
 }
 
 /// TLS with an upstream.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct ClusterTls {
     pub target: TlsTarget,
     /// Neither `server_name` nor `identity` is set, so the certificate must match the host that the client requested.
@@ -154,6 +163,7 @@ impl Cluster {
             route_rates,
             rate,
             route_to,
+            queue_routes: Vec::new(),
             is_resolved: looked_up,
             token: None,
             tls,
@@ -194,8 +204,25 @@ impl Cluster {
             [("request_headers", &route.request_headers), ("response_headers", &route.response_headers)]
                 .into_iter()
                 .find_map(|(key, edits)| (*edits != HeaderEdits::default()).then_some(key))
+                .or_else(|| route.queue.as_ref().map(|_| "queue"))
         };
         policies.into_iter().find_map(of_policy).or_else(|| routes.into_iter().find_map(edits))
+    }
+
+    /// The same for deliveries of a queue, which is their retry: each attempt is sent once, and what it returns is the
+    /// service's own.
+    pub fn for_deliveries(&self) -> Self {
+        let mut cluster = self.clone();
+        let once = RetrySettings { max: 0, ..RetrySettings::default() };
+        let config::Upstream { policy, routes, .. } = &mut cluster.settings;
+        for policy in routes.iter_mut().map(|route| &mut route.policy).chain([policy]) {
+            policy.retry = Toggle::on(once.clone());
+            policy.hedge = Toggle::off();
+            policy.fallback = Toggle::off();
+        }
+        cluster.retries = RetryPolicy::new(Some(once));
+        cluster.route_retries.fill(cluster.retries.clone());
+        cluster
     }
 
     /// Whether its policy or any route's has a breaker.
@@ -308,6 +335,7 @@ pub fn inbound_settings(config: &Config, service: HostPort) -> config::Upstream 
         config.inbound.policy.clone(),
     );
     settings.protocol = protocol.unwrap_or_default();
+    settings.routes.clone_from(&config.inbound.routes);
     settings
 }
 
@@ -358,11 +386,14 @@ impl Clusters {
                 let live = self.live.get(&settings.name)?;
                 let (upstream, client) = (Arc::clone(&live.upstream), live.client.clone());
                 let mut cluster = Cluster::new(settings.clone(), upstream, client, index_of);
+                cluster.queue_routes = queue_routes(&settings.routes, &config);
                 cluster.token = live.token.as_ref().map(|keeper| Arc::clone(&keeper.token));
                 Some(Arc::new(cluster))
             })
             .collect();
-        let inbound = Arc::new(Cluster::new(settings, Arc::clone(&self.inbound.upstream), None, |_| None));
+        let mut inbound = Cluster::new(settings, Arc::clone(&self.inbound.upstream), None, |_| None);
+        inbound.queue_routes = queue_routes(&config.inbound.routes, &config);
+        let inbound = Arc::new(inbound);
         let gate = self.gate(&config);
         Snapshot { router: Router::new(&config), clusters, inbound, gate, config }
     }

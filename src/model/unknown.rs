@@ -14,7 +14,7 @@ use crate::{
     config::{self, Config, Endpoints, HostPort},
     discovery::{self, Discovery},
     dns::Resolver,
-    model::{Cluster, inbound_settings},
+    model::{Cluster, inbound_settings, queue_route::queue_routes},
     upstream::{Upstream, policy_state::PolicyCounters},
 };
 
@@ -101,7 +101,10 @@ impl UnknownHosts {
         };
         let discovery =
             discovery::spawn(&settings.endpoints, Arc::clone(&upstream), Arc::clone(&self.resolver));
-        let cluster = Arc::new(Cluster::new(settings, upstream, None, |_| None));
+        let queue_routes = queue_routes(&settings.routes, config);
+        let mut cluster = Cluster::new(settings, upstream, None, |_| None);
+        cluster.queue_routes = queue_routes;
+        let cluster = Arc::new(cluster);
         UnknownHost {
             cluster,
             config: Arc::clone(config),

@@ -1,8 +1,10 @@
 //! Bodies: streamed, with a buffer of what is needed to send a request again.
 
+mod buffered;
 mod replay_buffer;
 mod request;
 mod response;
 
+pub use buffered::{BufferedBody, ReadBody};
 pub use request::{ClaimFields, ClientBody, Replay, RequestBody, SourceFailure, UploadStatus};
 pub use response::{RequestResources, ResponseBody, StreamingBody};

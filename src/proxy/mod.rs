@@ -39,6 +39,7 @@ mod next_hop;
 mod opaque;
 pub mod origin;
 pub mod progress;
+pub mod queue;
 pub mod redirection;
 pub mod request_check;
 pub mod request_handler;

@@ -65,7 +65,8 @@ impl Exchange<'_> {
     pub(super) fn write_attempt_fields(&self, left: Option<Duration>, outgoing: &mut Outgoing, number: u32) {
         let headers = &mut outgoing.headers;
         // The service gets the number that the client's sidecar sent.
-        let attempt = (*self.request.origin.side != Side::Inbound).then_some(number);
+        let attempt = (*self.request.origin.side != Side::Inbound)
+            .then_some(number + self.request.origin.earlier_attempts);
         if self.request.grpc
             && let Some(left) = left.filter(|_| headers.contains_key(GRPC_TIMEOUT))
         {

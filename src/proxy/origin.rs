@@ -37,6 +37,8 @@ pub struct Origin<'a> {
     pub deadline: Option<Instant>,
     /// The client's connection, for interim responses and upgrades; none where no client waits on one.
     pub client: Option<&'a Rc<Connection>>,
+    /// Attempts that other exchanges made for the same delivery: `x-outrigger-attempt` counts them too.
+    pub earlier_attempts: u32,
 }
 
 impl<'a> Origin<'a> {
@@ -52,6 +54,7 @@ impl<'a> Origin<'a> {
             is_tls: connection.tls,
             deadline: None,
             client: Some(connection),
+            earlier_attempts: 0,
         }
     }
 

@@ -23,13 +23,13 @@ use super::{
     exchange, headers,
     origin::Origin,
     progress::Progress,
-    request_check, target,
+    queue, request_check, target,
 };
 use crate::{
     cause::Cause,
     field_set::{Field, FieldSet},
     header_names::{X_OUTRIGGER_RETRY, X_REQUEST_ID},
-    model::{Side, View, WorkerCluster},
+    model::{Side, View, WorkerCluster, queue_route::DeliveryPath},
     resilience::classify::RetryAdvice,
     telemetry::{
         metrics::EntryPoint,
@@ -251,7 +251,7 @@ async fn check_and_forward(
         ));
     }
     request_check::check_loop(request.headers(), present, &view.proxy_names.via(&connection.side).pseudonym)?;
-    if connection.side == Side::Inbound {
+    if connection.side == Side::Inbound && !is_own_delivery(connection, view, request) {
         authorize::check_request(connection, view, request, progress.started()).await?;
     }
     if request.method() == Method::CONNECT {
@@ -272,6 +272,10 @@ async fn check_and_forward(
         record.route = target.route;
     });
     let origin = Origin::of(connection, view, progress);
+    if target.queue_route().is_some() {
+        // Boxed, as every path that few requests take.
+        return Box::pin(queue::serve(&origin, &target, request, present)).await;
+    }
     let response = exchange::run(&origin, &target, request, present).await;
     if let Err(error) = &response
         && error.cause == Cause::Malformed
@@ -279,6 +283,16 @@ async fn check_and_forward(
         target.serving.upstream.shared.policy_state.counters.rejected.increment(error.cause.word());
     }
     response
+}
+
+/// Whether an authenticated peer asks for the state of a delivery, which only the one that it was accepted from gets:
+/// `inbound.allow` need not name it.
+fn is_own_delivery(connection: &Connection, view: &View, request: &Request<ClientBody>) -> bool {
+    let inbound = &view.snapshot.inbound;
+    !inbound.queue_routes.is_empty()
+        && connection.peer_identity.is_some()
+        && view.snapshot.gate.as_ref().is_some_and(|gate| gate.jwt.is_none())
+        && DeliveryPath::parse(request.uri().path()).is_some()
 }
 
 /// The ID of a request.

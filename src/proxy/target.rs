@@ -8,7 +8,7 @@ use super::{connection::Connection, error::ProxyError, redirection};
 use crate::{
     cause::Cause,
     config::{HostPort, MinTls, Mtls, UnknownHostPolicy},
-    model::{Side, View, WorkerCluster},
+    model::{Side, View, WorkerCluster, queue_route::QueueRoute},
     telemetry::metrics::EntryPoint,
 };
 
@@ -31,6 +31,13 @@ pub struct RouteTarget {
     /// Whether the client chose the address by a name in the request: then `deny_networks` and the proxy's own ports
     /// are checked.
     pub chosen_by_client: bool,
+}
+
+impl RouteTarget {
+    /// What `queue` of the route means for the request; `None` for most.
+    pub fn queue_route(&self) -> Option<&QueueRoute> {
+        self.route_owner.cluster.queue_routes.get(self.route?)?.as_ref()
+    }
 }
 
 /// The entry point of a request.
@@ -114,7 +121,7 @@ pub fn find<B>(
     request: &Request<B>,
 ) -> Result<RouteTarget, ProxyError> {
     match &connection.side {
-        Side::Inbound => Ok(without_routes(service(connection, view))),
+        Side::Inbound => Ok(to_service(view, service(connection, view), request)),
         Side::Upstream(name) => {
             let index = view.by_name(name).ok_or_else(|| {
                 ProxyError::new(
@@ -188,6 +195,16 @@ fn by_destination<B>(
     Ok(without_routes(connection.worker.unknown_address(original, config)))
 }
 
+/// The service, and the route of `[inbound]`.
+pub fn to_service<B>(view: &View, service: Rc<WorkerCluster>, request: &Request<B>) -> RouteTarget {
+    let route = view
+        .snapshot
+        .router
+        .inbound()
+        .and_then(|routes| routes.find(request.method(), request.uri().path(), request.headers()));
+    RouteTarget { route, ..without_routes(service) }
+}
+
 /// A target without routes, for what is not an upstream of the configuration.
 fn without_routes(local: Rc<WorkerCluster>) -> RouteTarget {
     let matched = Rc::clone(&local);
@@ -201,7 +218,8 @@ fn without_routes(local: Rc<WorkerCluster>) -> RouteTarget {
     }
 }
 
-fn routed<B>(view: &View, index: usize, request: &Request<B>) -> RouteTarget {
+/// An upstream of the configuration, and the request's route in it.
+pub fn routed<B>(view: &View, index: usize, request: &Request<B>) -> RouteTarget {
     let matched = Rc::clone(&view.clusters[index]);
     let route = view
         .snapshot

@@ -15,7 +15,9 @@ use tokio::{
     sync::{Semaphore, watch},
 };
 
-use super::{exhausted_traces::ExhaustedTraces, headers::LastNumber, interception::Interception};
+use super::{
+    exhausted_traces::ExhaustedTraces, headers::LastNumber, interception::Interception, queue::Queues,
+};
 use crate::{
     config::{Config, HostPort},
     durations::DurationCell,
@@ -58,6 +60,8 @@ pub struct Shared {
     pub traces: Traces,
     /// This service's certificates, and the trusted roots.
     pub identity: Arc<IdentityStore>,
+    /// Durable deliveries; `None`: no store.
+    pub queues: Option<Arc<Queues>>,
     /// The control runtime, where workers spawn work that is not part of a request.
     pub control_runtime: Handle,
     /// Identifies this process in `Via`.

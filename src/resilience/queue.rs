@@ -3,6 +3,7 @@
 //! A delivery is one stored request. Only an attempt that reached the service counts against `attempts`: while the service
 //! is away its queue is paused, and nothing is spent.
 
+pub mod keys;
 mod lane;
 pub mod policy;
 pub mod scheduler;

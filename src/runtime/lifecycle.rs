@@ -103,7 +103,8 @@ impl Control {
         match self.phase() {
             Phase::Running if self.discovered.load(Ordering::Relaxed) => {
                 let identity = self.shared.identity.not_ready(SystemTime::now());
-                identity.or_else(|| self.shared.interception.not_ready())
+                let store = || self.shared.queues.as_ref().and_then(|queues| queues.not_ready());
+                identity.or_else(|| self.shared.interception.not_ready()).or_else(store)
             }
             Phase::Running => Some("starting: the endpoints of some upstreams are not resolved yet"),
             Phase::DrainDelay => Some("leaving: shutting down, requests are still accepted"),
@@ -246,6 +247,7 @@ impl Lifecycle {
                         (None, StopSignal::Terminate | StopSignal::Quit) => ServiceState::External,
                         (None, StopSignal::Interrupt) => ServiceState::NotAwaited,
                     };
+                    proxy.wait_deliveries(deadline).await;
                     drain_outbound(proxy, service, deadline).await;
                     code
                 };

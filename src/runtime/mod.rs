@@ -41,10 +41,13 @@ use crate::{
         accept::{ListenError, Listener},
         exhausted_traces::ExhaustedTraces,
         interception::Interception,
+        queue::Queues,
         worker::{OwnAddresses, Phase, Shared},
     },
+    queue::store::{Store, StoreError},
     rng::Rng,
     telemetry::{metrics::Metrics, traces::Traces},
+    unix_time::SteadyClock,
     watch::{Watcher, watch},
 };
 use failure::{CriticalFailure, FailureMonitor};
@@ -69,6 +72,8 @@ pub enum StartError {
     Worker(std::io::Error),
     #[error("cannot read the system's DNS settings: {0}")]
     Resolver(String),
+    #[error(transparent)]
+    Store(#[from] StoreError),
 }
 
 /// A running proxy. Created and used on the control thread.
@@ -108,6 +113,11 @@ pub fn start(
     let worker_count = worker_count.max(1);
     let (clusters, snapshot) =
         Clusters::build(Arc::clone(&config), Arc::clone(&resolver), Arc::clone(&identity));
+    let queues = match &config.store {
+        // The thread ends with the last handle; what it has committed is on the disk.
+        Some(settings) => Some(Arc::new(Queues::new(Store::open(settings, SteadyClock::default())?.0))),
+        None => None,
+    };
     let instance = format!("{:08x}", Rng::new().next_u64() >> 32);
     let shared = Arc::new(Shared {
         snapshot: ArcSwap::from_pointee(snapshot),
@@ -121,6 +131,7 @@ pub fn start(
         spent_traces: ExhaustedTraces::default(),
         traces: Traces::start(&config, &instance),
         identity,
+        queues,
         instance,
         control_runtime: Handle::current(),
     });
@@ -267,6 +278,16 @@ impl Proxy {
     /// Waits until no outbound connection is open and no listener accepts; false when `limit` elapsed first.
     pub async fn wait_outbound_drained(&self, limit: Duration) -> bool {
         tokio::time::timeout(limit, self.shared.metrics.outbound.wait_closed()).await.is_ok()
+    }
+
+    /// Waits until no delivery is attempted. None begins during the drain.
+    pub async fn wait_deliveries(&self, until: Instant) {
+        let Some(queues) = &self.shared.queues else { return };
+        if timeout_at(until, queues.wait_idle()).await.is_err() {
+            tracing::warn!(
+                "deliveries were cut off by the end of the drain: they are attempted again at the next start"
+            );
+        }
     }
 
     /// Stops the workers; requests in flight are cut off.

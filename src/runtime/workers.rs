@@ -28,6 +28,7 @@ use crate::{
     model::Side,
     proxy::{
         accept::{self, BACKLOG, Listener, accept_loop, accept_rest},
+        queue::deliverer,
         worker::{Shared, Worker, connection_counts, drain_phase},
     },
     telemetry::metrics::{PendingGuard, WorkerLoad},
@@ -95,9 +96,11 @@ pub(super) fn start(
             move |stop| async move {
                 let worker = Worker::new(shared, 0);
                 let serving = Rc::clone(&worker);
-                let accepting = accept_all(listeners, &worker.shared, move |stream, peer, side, pending| {
-                    accept::serve(&serving, stream, peer, side.clone(), pending);
-                });
+                let mut accepting =
+                    accept_all(listeners, &worker.shared, move |stream, peer, side, pending| {
+                        accept::serve(&serving, stream, peer, side.clone(), pending);
+                    });
+                accepting.spawn_local(deliver(Rc::clone(&worker)));
                 tokio::select! {
                     () = housekeeping(&worker, false, stop) => Ok(()),
                     reason = first_failure(accepting) => Err(reason),
@@ -116,6 +119,9 @@ pub(super) fn start(
             let worker = Worker::new(shared, index);
             let mut taking = JoinSet::new();
             taking.spawn_local(take_connections(Rc::clone(&worker), connections));
+            if index == 0 {
+                taking.spawn_local(deliver(Rc::clone(&worker)));
+            }
             tokio::select! {
                 () = housekeeping(&worker, true, stop) => Ok(()),
                 reason = first_failure(taking) => Err(reason),
@@ -135,6 +141,12 @@ pub(super) fn start(
         }
     })?;
     Ok(workers)
+}
+
+/// Delivers what is queued, on this worker. Ends at once where there is no store.
+async fn deliver(worker: Rc<Worker>) -> Result<(), String> {
+    deliverer::run(worker).await;
+    Ok(())
 }
 
 /// Waits for the first task that fails; returns the reason. Tasks that succeed are ignored.

@@ -16,6 +16,7 @@ use tokio::time::Instant;
 use super::{metrics::EntryPoint, spans::SpanRequest};
 use crate::{
     cause::Cause,
+    delivery_id::DeliveryId,
     durations::SeriesKey,
     identity::Peer,
     model::Destination,
@@ -63,6 +64,8 @@ pub struct RequestRecord {
     pub local_response: Option<LocalResponse>,
     /// The cause of the failure that the configured fallback replaced.
     pub fallback_cause: Option<&'static str>,
+    /// The delivery that it was accepted as, or is an attempt of. Boxed: few requests have one.
+    pub delivery: Option<Box<DeliveryId>>,
     /// The status that the client got.
     pub status: Option<StatusCode>,
     /// The status of a gRPC request, from headers or trailers.
@@ -254,6 +257,7 @@ impl RequestRecord {
             breaker_window: None,
             local_response: None,
             fallback_cause: None,
+            delivery: None,
             status: None,
             grpc_status: None,
             started_at,

@@ -18,6 +18,7 @@ mod commands;
 mod config_changes;
 mod connections;
 mod curl;
+mod deliveries;
 mod drain;
 mod early_responses;
 mod edges;

@@ -8,12 +8,13 @@ use serde_json::json;
 use super::{inbound, request::ExplainedRequest};
 use crate::{
     config::{
-        FilePosition, HostMatch, LoadedConfig, Policy, Protocol, Scope, Setting, UnknownHostPolicy,
+        FilePosition, HostMatch, LoadedConfig, Policy, Protocol, Route, Scope, Setting, UnknownHostPolicy,
         did_you_mean,
     },
     model::Router,
+    proxy::queue::why_not_queued,
     redact,
-    resilience::retry::RetryMethods,
+    resilience::{queue::keys::QueueWhen, retry::RetryMethods},
     telemetry::export::Collector,
     url_path::normalise,
 };
@@ -63,6 +64,14 @@ fn judge(loaded: &LoadedConfig, target: &ExplainedRequest) -> Explanation {
     let (scope, reach) = if target.inbound {
         verdict.fact("service", loaded.config.inbound.forward_to.to_string(), None);
         inbound::authorization(&mut verdict, loaded, target);
+        let router = Router::new(&loaded.config);
+        let found = router
+            .inbound()
+            .and_then(|routes| routes.find(&target.method, target.path.path(), &target.headers));
+        if let Some(route) = found.and_then(|index| loaded.config.inbound.routes.get(index)) {
+            verdict.fact("route", route.matches.to_string(), None);
+            verdict.queue(loaded, target, route, None);
+        }
         (Some(Scope::Inbound), PolicyScope::Everything)
     } else {
         verdict.outbound(loaded, target)
@@ -157,7 +166,10 @@ impl Explanation {
             self.fact("route", "none matches: the upstream's own policy".to_owned(), None);
             return (Some(Scope::Upstream(at)), PolicyScope::Everything);
         };
-        let route = &upstream.routes[index];
+        let Some(route) = upstream.routes.get(index) else {
+            self.fact("route", "the deliveries of its queues".to_owned(), None);
+            return (Some(Scope::Upstream(at)), PolicyScope::Everything);
+        };
         let scope = Scope::Route(at, index);
         self.fact("route", route.matches.to_string(), place(scope));
         if let Some(to) = &route.to {
@@ -178,7 +190,28 @@ impl Explanation {
                 self.notes.push(format!("{name} header {header} is removed"));
             }
         }
+        self.queue(loaded, target, route, place(scope));
         (Some(scope), PolicyScope::Everything)
+    }
+
+    /// Whether the request is queued.
+    fn queue(
+        &mut self,
+        loaded: &LoadedConfig,
+        target: &ExplainedRequest,
+        route: &Route,
+        place: Option<FilePosition>,
+    ) {
+        let Some(queue) = &route.queue else { return };
+        let text = match why_not_queued(queue, &target.method, &target.headers) {
+            Some(why) => format!("not queued: {why}"),
+            None if queue.when == QueueWhen::Unavailable => {
+                format!("queued: {} (202), if the service is unavailable", queue.name)
+            }
+            None => format!("queued: {} (202)", queue.name),
+        };
+        let is_known = loaded.config.queues.iter().any(|known| known.name == queue.name);
+        self.fact("queue", text, place.filter(|_| is_known));
     }
 
     /// A host that no upstream names.

@@ -2,6 +2,7 @@
 
 mod identity;
 mod policy;
+mod queue;
 mod sections;
 mod upstream;
 
@@ -13,6 +14,7 @@ use super::{
 
 pub(super) use identity::identity;
 pub(super) use policy::policy;
+pub(super) use queue::queues;
 pub(super) use sections::sections;
 pub(super) use upstream::{across_upstreams, references, route, upstream};
 

@@ -144,7 +144,7 @@ impl Check<'_> {
         self.require(fits, path, "this window is too short or too long", "write \"1s\" to \"1h\"");
     }
 
-    fn growing(&mut self, path: &[&str], growing: GrowingDuration) {
+    pub(super) fn growing(&mut self, path: &[&str], growing: GrowingDuration) {
         if growing.base.is_zero() {
             self.error(path, "`base` is 0", "write e.g. `base = \"5s\"`");
         } else if growing.base > growing.max {

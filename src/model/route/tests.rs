@@ -27,6 +27,7 @@ fn route(methods: &[&str], path: Option<&str>, headers: &[(&str, &str)]) -> Rout
         path_rewrite: None,
         request_headers: HeaderEdits::default(),
         response_headers: HeaderEdits::default(),
+        queue: None,
         policy: Policy::default(),
     }
 }

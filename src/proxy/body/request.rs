@@ -17,7 +17,7 @@ use http::{HeaderMap, HeaderName};
 use http_body::{Body, Frame, SizeHint};
 use tokio::time::Instant;
 
-use super::replay_buffer::ReplayBuffer;
+use super::{buffered::BufferedBody, replay_buffer::ReplayBuffer};
 use crate::{
     field_set::FieldSet,
     http1::{self, framing::FramingError},
@@ -32,6 +32,8 @@ use crate::{
 pub enum ClientBody {
     Http1(connection::Body),
     Http2(http2::body::StreamBody),
+    /// Read before, all of it or its beginning.
+    Buffered(Box<BufferedBody>),
 }
 
 impl Default for ClientBody {
@@ -51,6 +53,7 @@ impl Body for ClientBody {
         match self.get_mut() {
             Self::Http1(body) => Pin::new(body).poll_frame(cx).map_err(BodyError::from),
             Self::Http2(body) => Pin::new(body).poll_frame(cx).map_err(BodyError::from),
+            Self::Buffered(body) => body.poll_frame(cx),
         }
     }
 
@@ -58,6 +61,7 @@ impl Body for ClientBody {
         match self {
             Self::Http1(body) => body.is_end_stream(),
             Self::Http2(body) => body.is_end_stream(),
+            Self::Buffered(body) => body.is_end_stream(),
         }
     }
 
@@ -65,6 +69,7 @@ impl Body for ClientBody {
         match self {
             Self::Http1(body) => body.size_hint(),
             Self::Http2(body) => body.size_hint(),
+            Self::Buffered(body) => body.size_hint(),
         }
     }
 }

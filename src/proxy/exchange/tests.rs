@@ -88,6 +88,7 @@ async fn exchange(
         is_tls: false,
         deadline: deadline.map(|deadline| now + deadline),
         client: None,
+        earlier_attempts: 0,
     };
     let mut request = Request::new(ClientBody::default());
     request.headers_mut().insert("x-order", HeaderValue::from_static("7"));

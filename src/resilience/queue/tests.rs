@@ -29,6 +29,18 @@ struct Row {
     end: Option<Verdict>,
 }
 
+/// A delivery that was never attempted.
+fn due_now(seq: i64) -> DueDelivery {
+    DueDelivery {
+        id: DeliveryId::new(START, [seq as u8; 10]),
+        seq,
+        next: START,
+        since: START,
+        attempts: 0,
+        order_key: None,
+    }
+}
+
 /// The scheduler, the store, and a service.
 struct World {
     now: UnixMillis,
@@ -327,14 +339,7 @@ fn a_hundred_thousand_queued_are_held_in_the_store() {
     scheduler.configure(vec![("orders".into(), policy)]);
     let mut rng = Rng::from_seed(7);
     let all: Vec<DueDelivery> = (0..100_000)
-        .map(|seq| DueDelivery {
-            id: DeliveryId::new(START, rng.bytes()),
-            seq,
-            next: START,
-            since: START,
-            attempts: 0,
-            order_key: None,
-        })
+        .map(|seq| DueDelivery { id: DeliveryId::new(START, rng.bytes()), ..due_now(seq) })
         .collect();
     for due in &all {
         scheduler.offer("orders", due.clone());
@@ -367,14 +372,7 @@ fn a_hundred_thousand_queued_are_held_in_the_store() {
 fn a_queue_that_is_no_longer_configured_ends_what_it_began() {
     let mut scheduler = Scheduler::default();
     scheduler.configure(vec![("orders".into(), DeliveryPolicy::default())]);
-    let due = DueDelivery {
-        id: DeliveryId::new(START, [1; 10]),
-        seq: 1,
-        next: START,
-        since: START,
-        attempts: 0,
-        order_key: None,
-    };
+    let due = due_now(1);
     let Step::Load { queue, limit } = scheduler.next(START) else { panic!() };
     scheduler.loaded(&queue, Some(vec![due.clone()]), limit);
     assert!(matches!(scheduler.next(START), Step::Deliver { .. }));
@@ -393,20 +391,12 @@ fn a_queue_that_is_no_longer_configured_ends_what_it_began() {
 fn an_acceptance_during_a_read_is_seen() {
     let mut scheduler = Scheduler::default();
     scheduler.configure(vec![("orders".into(), DeliveryPolicy::default())]);
-    let due = |seq| DueDelivery {
-        id: DeliveryId::new(START, [seq as u8; 10]),
-        seq,
-        next: START,
-        since: START,
-        attempts: 0,
-        order_key: None,
-    };
     let Step::Load { queue, limit } = scheduler.next(START) else { panic!() };
-    scheduler.offer("orders", due(1));
+    scheduler.offer("orders", due_now(1));
     // The read was made before.
     scheduler.loaded(&queue, Some(Vec::new()), limit);
     let Step::Load { queue, limit } = scheduler.next(START) else { panic!("the store is not read again") };
-    scheduler.loaded(&queue, Some(vec![due(1)]), limit);
+    scheduler.loaded(&queue, Some(vec![due_now(1)]), limit);
     assert!(matches!(scheduler.next(START), Step::Deliver { .. }));
 }
 

@@ -29,6 +29,9 @@ struct AccessLogLine<'a> {
     bytes_in: u64,
     bytes_out: u64,
     duration_ms: f64,
+    /// Of a request that was queued, and of its attempts.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    delivery: Option<String>,
 }
 
 /// Appends the line of a request, with a newline.
@@ -49,6 +52,7 @@ pub fn write(out: &mut Vec<u8>, record: &RequestRecord) {
         bytes_in: record.bytes_in,
         bytes_out: record.bytes_out,
         duration_ms: milliseconds(record.ended_at.unwrap_or(record.started_at), record.started_at),
+        delivery: record.delivery.as_ref().map(ToString::to_string),
     };
     let before = out.len();
     out.reserve(TYPICAL_LENGTH);

@@ -1,0 +1,63 @@
+//! Requests to the service that are queued in front of it.
+
+use super::*;
+use crate::support::{eventually, pki::Pki, tls::TlsClient};
+
+fn inbound_config(store: &Path, service: SocketAddr, more: &str) -> String {
+    format!(
+        "[store]\npath = \"{}\"\nreserve = \"64KiB\"\n{QUEUE}\n[inbound]\nforward_to = \"{service}\"\n{more}\n\
+         [[inbound.route]]\nmatch = {{ path = \"/orders*\", methods = [\"POST\"] }}\nqueue = {{ name = \"orders\" }}\n",
+        store.display()
+    )
+}
+
+#[test]
+fn an_inbound_request_is_delivered_to_the_service() {
+    let (service, store) = (Service::start(), tempfile::tempdir().unwrap());
+    let proxy = Proxy::start(inbound_config(store.path(), service.address(), ""));
+    let accepted = ask_at(proxy.inbound(), "POST /orders", ASYNC, "in");
+    assert_eq!(accepted.status(), 202, "{}", accepted.text());
+    eventually("the delivery", || service.bodies() == ["in"]);
+    let one = &service.received()[0];
+    assert_eq!((one.field("x-forwarded-for"), one.field("x-forwarded-host")), ("127.0.0.1", "payments"));
+    assert_eq!((one.field("x-outrigger-attempt"), one.field("x-forwarded-client-cert")), ("1", ""));
+    assert_eq!(ask_at(proxy.inbound(), "POST /orders", "", "now").status(), 200);
+    let location = accepted.field("location").unwrap();
+    let line = format!("GET {location}");
+    eventually("done", || json(&ask_at(proxy.inbound(), &line, "", ""))["state"] == "done");
+}
+
+#[test]
+fn only_the_identity_that_was_accepted_reads_and_cancels() {
+    let (store, address, pki) = (tempfile::tempdir().unwrap(), later_address(), Pki::new());
+    pki.identity("server");
+    let allow = "mtls = \"strict\"\n[[inbound.allow]]\nidentity = [\"spiffe://shop.example/ns/shop/sa/*\"]\nmethods = [\"POST\"]\npaths = [\"/orders*\"]\n";
+    let text = format!("{}{}", pki.section("server"), inbound_config(store.path(), address, allow));
+    let proxy = Proxy::start(text);
+    let send = |client: &TlsClient, line: &str, fields: &str, body: &str| {
+        let length = body.len();
+        let request = format!(
+            "{line} HTTP/1.1\r\nHost: payments\r\nConnection: close\r\n{fields}content-length: {length}\r\n\r\n{body}"
+        );
+        client.send_and_read(proxy.inbound(), &request).unwrap_or_default()
+    };
+    let client = |name: &str| TlsClient::new(Some(&pki.issue(name, |_| ())), &[]);
+    let (alice, bob) = (client("alice"), client("bob"));
+    let accepted = send(&alice, "POST /orders", ASYNC, "secret");
+    assert!(accepted.starts_with("HTTP/1.1 202"), "{accepted}");
+    let location = accepted
+        .lines()
+        .find_map(|line| line.strip_prefix("location: "))
+        .unwrap_or_else(|| panic!("no location: {accepted}"))
+        .trim();
+    let get = format!("GET {location}");
+    assert!(send(&alice, &get, "", "").starts_with("HTTP/1.1 200"));
+    for line in [get.clone(), format!("{get}/response"), format!("DELETE {location}")] {
+        let refused = send(&bob, &line, "", "");
+        assert!(refused.starts_with("HTTP/1.1 404"), "{line}: {refused}");
+    }
+    let service = Service::start_at(address, Duration::ZERO);
+    eventually("the delivery", || service.bodies() == ["secret"]);
+    let certificate = service.received()[0].field("x-forwarded-client-cert").to_owned();
+    assert!(certificate.contains("alice"), "{certificate}");
+}

@@ -1,0 +1,51 @@
+//! Every key of a queue applies after a reload.
+
+use super::*;
+use crate::support::{eventually, refusing_address};
+
+/// The effective configuration, until it holds `expected` at `path`.
+fn reloaded(proxy: &Proxy, text: &str, path: &str, expected: Value) {
+    proxy.reconfigure(&("[runtime]\ndrain_timeout = \"5s\"\n".to_owned() + text));
+    eventually(&format!("{path} = {expected}"), || {
+        let request = "GET /config HTTP/1.1\r\nHost: localhost\r\n\r\n";
+        json(&RawClient::connect(proxy.admin()).ask(request)).pointer(path) == Some(&expected)
+    });
+}
+
+#[test]
+fn every_key_of_a_queue_applies_after_a_reload() {
+    let store = tempfile::tempdir().unwrap();
+    let text = |queue: &str| config(store.path(), refusing_address(), queue, "");
+    let proxy = Proxy::start(text(QUEUE));
+    for (line, path, expected) in [
+        ("concurrency = 7", "/queue/0/concurrency", Value::from(7)),
+        ("rate = 9", "/queue/0/rate", 9.into()),
+        ("order = \"all\"", "/queue/0/order", "all".into()),
+        ("attempts = 3", "/queue/0/attempts", 3.into()),
+        ("permanent = [\"5xx\"]", "/queue/0/permanent/0", "5xx".into()),
+        ("ambiguous = \"dead\"", "/queue/0/ambiguous", "dead".into()),
+        ("expires = \"1h\"", "/queue/0/expires", "1h".into()),
+        ("keep_done = \"2h\"", "/queue/0/keep_done", "2h".into()),
+        ("result_limit = \"1KiB\"", "/queue/0/result_limit", "1KiB".into()),
+        ("body_limit = \"1KiB\"", "/queue/0/body_limit", "1KiB".into()),
+        ("max_messages = 9", "/queue/0/max_messages", 9.into()),
+        ("max_bytes = \"1MiB\"", "/queue/0/max_bytes", "1MiB".into()),
+        ("dead = { max = 7 }", "/queue/0/dead/max", 7.into()),
+        ("strip = [\"x-a\"]", "/queue/0/strip/0", "x-a".into()),
+    ] {
+        reloaded(&proxy, &text(&format!("{QUEUE}{line}\n")), path, expected);
+    }
+}
+
+#[test]
+fn a_route_is_queued_after_a_reload() {
+    let (service, store) = (Service::start(), tempfile::tempdir().unwrap());
+    let queued = config(store.path(), service.address(), QUEUE, "");
+    let (before, _) = queued.split_once("[[upstream.route]]").unwrap();
+    let proxy = Proxy::start(before);
+    assert_eq!(ask(&proxy, "POST /orders", ASYNC, "").status(), 200);
+    proxy.reconfigure(&queued);
+    eventually("a 202", || ask(&proxy, "POST /orders", ASYNC, "").status() == 202);
+    proxy.reconfigure(&queued.replace("name = \"orders\" }", "name = \"orders\", when = \"always\" }"));
+    eventually("a 202", || ask(&proxy, "POST /orders", "", "").status() == 202);
+}
