@@ -14,6 +14,7 @@ pub mod deliverer;
 mod prefer;
 mod resource;
 mod stored;
+mod task;
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -22,7 +23,7 @@ use std::{
 };
 
 use http::{Request, Response};
-use tokio::sync::{Notify, oneshot};
+use tokio::sync::{Notify, Semaphore, oneshot};
 
 pub use accept::why_not_queued;
 
@@ -48,10 +49,16 @@ use crate::{
 
 /// Accepted deliveries that the deliverer has not taken yet; with more it reads the store again.
 const MAX_ACCEPTED: usize = 4096;
+/// Bodies in memory at most, of requests that are being read and stored.
+const INTAKE_KIB: u32 = 64 << 10;
+/// How long a request waits for a share of it.
+const INTAKE_WAIT: Duration = Duration::from_secs(1);
 /// When a client may try again where a queue is full, or the store is.
 const RETRY_WHEN_FULL: Duration = Duration::from_secs(5);
 /// The same where the store has failed: it is opened again within this time.
 const RETRY_WHEN_FAILED: Duration = Duration::from_secs(10);
+/// The same during the drain: until then there is another process.
+const RETRY_WHEN_DRAINING: Duration = Duration::from_secs(5);
 /// When to ask for the state of a delivery.
 const ASK_AGAIN: Duration = Duration::from_secs(1);
 
@@ -59,6 +66,8 @@ const ASK_AGAIN: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub struct Queues {
     pub store: Store,
+    /// Of [`INTAKE_KIB`].
+    intake: Semaphore,
     inner: Mutex<Inner>,
     /// The deliverer has something new to look at.
     changed: Notify,
@@ -112,7 +121,8 @@ pub struct Pause {
 
 impl Queues {
     pub fn new(store: Store) -> Self {
-        Self { store, inner: Mutex::default(), changed: Notify::new(), ended: Notify::new() }
+        let intake = Semaphore::new(INTAKE_KIB as usize);
+        Self { store, intake, inner: Mutex::default(), changed: Notify::new(), ended: Notify::new() }
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {

@@ -23,6 +23,7 @@ mod counts;
 mod database;
 mod directory;
 mod error;
+mod issue;
 mod job;
 pub mod offline;
 mod query;
@@ -113,10 +114,10 @@ impl Store {
     pub async fn accept(&self, new: NewDelivery) -> Result<Accepted, StoreError> {
         let mut random = [0; 10];
         getrandom::fill(&mut random).map_err(|error| StoreError::Failed(error.to_string()))?;
-        let id = DeliveryId::new(self.now(), random);
+        let random = DeliveryId::new(self.now(), random);
         // The head, roughly, so that it is never nothing.
         let bytes = new.body.len() + 512;
-        self.submit(Task::growing(bytes, move |batch| batch.accept(id, &new))).await
+        self.submit(Task::growing(bytes, move |batch| batch.accept(random, &new))).await
     }
 
     /// Notes, on the disk, that an attempt begins which must not be repeated after a crash.
@@ -166,6 +167,11 @@ impl Store {
 
     pub async fn find(&self, id: DeliveryId) -> Result<Summary, StoreError> {
         self.run(move |batch| batch.database.find(id)).await
+    }
+
+    /// Whether this client got this ID from this store, at whatever time.
+    pub async fn has_issued(&self, id: DeliveryId, identity: String) -> Result<bool, StoreError> {
+        self.run(move |batch| Ok(batch.database.ids.has_issued(id, &identity))).await
     }
 
     /// The outcome of the last attempt; `None` before the first.

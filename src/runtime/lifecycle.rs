@@ -224,6 +224,8 @@ impl Lifecycle {
             EndCause::Service(code) => {
                 tracing::info!(code, "the service has ended; stopping");
                 proxy.set_phase(Phase::DrainingAll);
+                let drain_timeout = *control.shared.snapshot.load().config.runtime.drain_timeout;
+                proxy.wait_deliveries(Instant::now() + drain_timeout).await;
                 proxy.wait_outbound_drained(CLOSING).await;
                 code
             }
@@ -241,13 +243,14 @@ impl Lifecycle {
                             _ = ended(child) => tracing::warn!("the service ended before inbound was drained"),
                         }
                     }
+                    // Before the service ends: it is what inbound deliveries are sent to.
+                    proxy.wait_deliveries(deadline).await;
                     let code = end_service(child, deadline, *settings.drain_timeout).await;
                     let service = match (&child, signal) {
                         (Some(_), _) => ServiceState::Ended,
                         (None, StopSignal::Terminate | StopSignal::Quit) => ServiceState::External,
                         (None, StopSignal::Interrupt) => ServiceState::NotAwaited,
                     };
-                    proxy.wait_deliveries(deadline).await;
                     drain_outbound(proxy, service, deadline).await;
                     code
                 };

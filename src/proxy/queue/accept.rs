@@ -7,11 +7,11 @@ use http::{
     HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode,
     header::{CACHE_CONTROL, CONTENT_TYPE, LOCATION, RETRY_AFTER, UPGRADE},
 };
-use http_body::Body;
-use tokio::time::timeout;
+use http_body::{Body, SizeHint};
+use tokio::{sync::SemaphorePermit, time::timeout};
 
 use super::{
-    ASK_AGAIN, Queues, StoringGuard, identity,
+    ASK_AGAIN, INTAKE_KIB, INTAKE_WAIT, Queues, RETRY_WHEN_DRAINING, RETRY_WHEN_FULL, StoringGuard, identity,
     prefer::{PREFER, Prefer},
     queues, resource, store_error,
     stored::{self, Head},
@@ -27,6 +27,7 @@ use crate::{
         headers::is_grpc,
         origin::Origin,
         target::RouteTarget,
+        worker::Phase,
     },
     queue::{DeliveryId, store::NewDelivery},
     resilience::{
@@ -47,7 +48,7 @@ pub struct Intake<'a> {
     pub present: FieldSet,
 }
 
-impl Intake<'_> {
+impl<'a> Intake<'a> {
     /// Queues the request or sends it on.
     pub async fn serve(
         self,
@@ -58,6 +59,10 @@ impl Intake<'_> {
         if why_not_queued(&self.route.route, request.method(), request.headers()).is_some() {
             return self.forward(request).await;
         }
+        if *self.origin.worker.shared.phase.borrow() > Phase::Running {
+            return self.while_draining(request).await;
+        }
+        let _share = self.reserve(request.body().size_hint()).await?;
         let body = std::mem::take(request.body_mut());
         let body = match self.read(body).await? {
             ReadBody::Whole(body) => body,
@@ -88,9 +93,43 @@ impl Intake<'_> {
         self.accept(head, body, prefer).await
     }
 
+    /// During the drain no delivery begins, and where the store ends with the pod nothing more would be delivered.
+    async fn while_draining(
+        self,
+        request: &mut Request<ClientBody>,
+    ) -> Result<Response<ResponseBody>, ProxyError> {
+        if self.route.route.when != QueueWhen::Always {
+            return self.forward(request).await;
+        }
+        if let Ok(queues) = queues(self.origin) {
+            queues.count_accepted(&self.route.queue.name, Cause::Draining.word());
+        }
+        let detail = format!("queue `{}` accepts nothing more: the proxy shuts down", self.route.queue.name);
+        Err(ProxyError::new(Cause::Draining, detail).retry_after(RETRY_WHEN_DRAINING))
+    }
+
     /// Sends the request on now.
     async fn forward(self, request: &mut Request<ClientBody>) -> Result<Response<ResponseBody>, ProxyError> {
         exchange::run(self.origin, self.target, request, self.present).await
+    }
+
+    /// Takes a share of the memory for bodies, until the request is stored. What a body has not announced counts as
+    /// `body_limit`.
+    async fn reserve(self, size: SizeHint) -> Result<Option<SemaphorePermit<'a>>, ProxyError> {
+        let Ok(queues) = queues(self.origin) else { return Ok(None) };
+        let queue = &self.route.queue;
+        let length = size.upper().unwrap_or(u64::MAX).min(queue.body_limit.0);
+        let share = u32::try_from(length >> 10).unwrap_or(u32::MAX).saturating_add(1).min(INTAKE_KIB);
+        match timeout(INTAKE_WAIT, queues.intake.acquire_many(share)).await {
+            Ok(share) => Ok(share.ok()),
+            Err(_) => {
+                queues.count_accepted(&queue.name, Cause::QueueFull.word());
+                let detail = format!(
+                    "the proxy reads as many requests for queues as its memory allows: {INTAKE_KIB} KiB"
+                );
+                Err(ProxyError::new(Cause::QueueFull, detail).retry_after(RETRY_WHEN_FULL))
+            }
+        }
     }
 
     /// Reads the body up to `body_limit`. A body that is announced to be larger is not read.

@@ -8,22 +8,22 @@ use std::{
     time::Duration,
 };
 
-use bytes::Bytes;
 use tokio::{
     task::{Id, JoinError, JoinSet},
-    time::{Instant, interval, sleep, sleep_until},
+    time::{Instant, interval, sleep_until},
 };
 
 use super::{
     Claim, Pause, QueueState, Queues,
-    attempt::{self, Report},
+    attempt::Report,
+    task::{self, Attempt, TaskEnd},
 };
 use crate::{
     config::Config,
     proxy::worker::{Phase, Worker},
     queue::{
         DeliveryId,
-        store::{Outcome, StoreError, Sweep},
+        store::{Outcome, StoreError, StoreFailure, Sweep},
     },
     resilience::queue::{
         DeadReason, DueDelivery, Verdict,
@@ -35,7 +35,7 @@ use crate::{
 
 /// How often deliveries expire and what has ended is deleted.
 const SWEEP: Duration = Duration::from_secs(1);
-/// How long after a failure of the store it is used again.
+/// How long after a failure of the store the next delivery begins.
 const STORE_RETRY: Duration = Duration::from_secs(1);
 
 /// Delivers until the process ends. Does nothing without a store.
@@ -51,7 +51,7 @@ pub async fn run(worker: Rc<Worker>) {
         subjects: HashMap::new(),
         pauses: HashMap::new(),
         oldest: HashMap::new(),
-        store_fails: false,
+        store_retry: None,
     };
     let mut sweeps = interval(SWEEP);
     loop {
@@ -91,28 +91,25 @@ struct Deliverer {
     pauses: HashMap<Arc<str>, Pause>,
     /// The age of the delivery that is due first, by queue.
     oldest: HashMap<Arc<str>, Duration>,
-    store_fails: bool,
-}
-
-/// How a task ended.
-enum TaskEnd {
-    /// Boxed: a report holds the whole response.
-    Attempted(Box<Report>),
-    /// It was cancelled or has ended meanwhile, or is being cancelled: nothing was sent, and nothing is to be written.
-    Skipped,
-    /// The verdict is stored. `next`: the next of the same order.
-    Settled {
-        next: Option<DueDelivery>,
-    },
-    NotSettled,
+    /// The store has failed: nothing begins before this time.
+    store_retry: Option<Instant>,
 }
 
 impl Deliverer {
     /// Starts what may begin now. Returns when to look again, if nothing happens before.
     async fn step(&mut self) -> Option<Instant> {
         self.adopt();
+        let wake = self.begin_due().await;
+        self.publish();
+        wake
+    }
+
+    async fn begin_due(&mut self) -> Option<Instant> {
         if *self.worker.shared.phase.borrow() > Phase::Running {
             return None;
+        }
+        if let Some(retry) = self.store_unusable_until() {
+            return Some(retry);
         }
         loop {
             let now = self.queues.store.now();
@@ -121,24 +118,38 @@ impl Deliverer {
                 Step::Expire { queue, id } => {
                     self.settle(queue, id, Verdict::Dead(DeadReason::Expired), None)
                 }
-                Step::Load { queue, limit } => {
-                    let read = self.queues.store.due(queue.to_string(), limit).await;
-                    let failed = read.as_ref().err().map(ToString::to_string);
-                    self.scheduler.loaded(&queue, read.ok(), limit);
-                    let fails_again = std::mem::replace(&mut self.store_fails, failed.is_some());
-                    if let Some(error) = failed {
-                        if !fails_again {
-                            tracing::error!(error, "deliveries cannot be read from the store; trying again");
-                        }
-                        return Some(Instant::now() + STORE_RETRY);
+                Step::Load { queue, limit } => match self.queues.store.due(queue.to_string(), limit).await {
+                    Ok(found) => self.scheduler.loaded(&queue, Some(found), limit),
+                    Err(error) => {
+                        self.scheduler.loaded(&queue, None, limit);
+                        return Some(self.store_failed(&error));
                     }
-                }
-                Step::Wait(until) => {
-                    self.publish();
-                    return until.map(|until| Instant::now() + until.since(now));
-                }
+                },
+                Step::Wait(until) => return until.map(|until| Instant::now() + until.since(now)),
             }
         }
+    }
+
+    /// While the store fails nothing begins: what becomes of it could not be written. The sweeps have it opened again.
+    fn store_unusable_until(&mut self) -> Option<Instant> {
+        let now = Instant::now();
+        if let Some(StoreFailure::Io(reason)) = &self.queues.store.status().failure {
+            return Some(self.store_failed(&StoreError::Failed(reason.clone())));
+        }
+        let retry = self.store_retry?;
+        if retry <= now {
+            self.store_retry = None;
+            return None;
+        }
+        Some(retry)
+    }
+
+    /// Returns when the store is used again.
+    fn store_failed(&mut self, error: &StoreError) -> Instant {
+        if self.store_retry.is_none() {
+            tracing::error!(%error, "the store fails: no delivery begins until it can be used again");
+        }
+        *self.store_retry.insert(Instant::now() + STORE_RETRY)
     }
 
     /// Follows the configuration, and takes what was accepted meanwhile.
@@ -170,6 +181,7 @@ impl Deliverer {
         let attempt = Attempt {
             worker: Rc::clone(&self.worker),
             queues: Arc::clone(&self.queues),
+            is_claimed: self.queues.claim(due.id, Claim::Attempt),
             starts: settings.ambiguous == AmbiguousPolicy::Dead,
             result_limit: settings.result_limit.0,
             due,
@@ -195,7 +207,7 @@ impl Deliverer {
         };
         self.queues.count_delivery(&queue, word);
         let queues = Arc::clone(&self.queues);
-        let task = self.tasks.spawn_local(async move { write(&queues, id, verdict, outcome).await });
+        let task = self.tasks.spawn_local(async move { task::write(&queues, id, verdict, outcome).await });
         self.subjects.insert(task.id(), (queue, id));
     }
 
@@ -219,6 +231,12 @@ impl Deliverer {
                 self.scheduler.reload(&queue);
                 self.queues.release(delivery);
             }
+            TaskEnd::StoreFailed(error) => {
+                let (outcome, now) = (DeliveryOutcome::Interrupted { sent: false }, self.queues.store.now());
+                self.scheduler.finished((&queue, delivery), outcome, now, 0.0);
+                self.store_failed(&error);
+                self.queues.release(delivery);
+            }
             TaskEnd::Settled { next } => {
                 self.scheduler.settled(&queue, delivery, next);
                 self.queues.release(delivery);
@@ -230,7 +248,11 @@ impl Deliverer {
         }
     }
 
-    fn attempted(&mut self, queue: Arc<str>, id: DeliveryId, report: Report) {
+    fn attempted(&mut self, queue: Arc<str>, id: DeliveryId, mut report: Report) {
+        if report.end == DeliveryOutcome::NoResponse && *self.worker.shared.phase.borrow() > Phase::Running {
+            // The service shuts down too: that is no failure of this delivery.
+            report.end = DeliveryOutcome::Interrupted { sent: true };
+        }
         let now = self.queues.store.now();
         let random = self.worker.with_rng(|rng| rng.unit_f64());
         let verdict = self.scheduler.finished((&queue, id), report.end, now, random);
@@ -322,92 +344,5 @@ impl Deliverer {
             (queue.name.to_string(), QueueState { in_flight: queue.in_flight, pause, oldest })
         };
         self.queues.lock().states = self.scheduler.states().map(state).collect::<BTreeMap<_, _>>();
-    }
-}
-
-/// Writes a verdict. While the store fails it is tried again for some time: else the delivery would be repeated.
-async fn write(queues: &Queues, id: DeliveryId, verdict: Verdict, outcome: Option<Outcome>) -> TaskEnd {
-    let begin = Instant::now();
-    let mut is_reported = false;
-    loop {
-        match queues.store.settle(id, verdict, outcome.clone()).await {
-            Ok(next) => {
-                if matches!(verdict, Verdict::Done | Verdict::Dead(_)) {
-                    queues.notify_end(id);
-                }
-                return TaskEnd::Settled { next };
-            }
-            // Cancelled or dropped meanwhile.
-            Err(StoreError::NotFound | StoreError::WrongState(_)) => return TaskEnd::Settled { next: None },
-            Err(StoreError::Closed) => return TaskEnd::NotSettled,
-            Err(error) => {
-                if !std::mem::replace(&mut is_reported, true) {
-                    tracing::error!(delivery = %id, %error, "the outcome of a delivery cannot be stored; trying again");
-                }
-                if begin.elapsed() > LONGEST_WRITE {
-                    return TaskEnd::NotSettled;
-                }
-                sleep(STORE_RETRY).await;
-            }
-        }
-    }
-}
-
-/// A verdict that could not be stored for this long is given up: the delivery is repeated.
-const LONGEST_WRITE: Duration = Duration::from_secs(300);
-
-struct Attempt {
-    worker: Rc<Worker>,
-    queues: Arc<Queues>,
-    /// Whether to note in the store that it begins.
-    starts: bool,
-    result_limit: u64,
-    due: DueDelivery,
-}
-
-impl Attempt {
-    async fn run(self) -> TaskEnd {
-        let Self { queues, due, .. } = &self;
-        while !queues.claim(due.id, Claim::Attempt) {
-            // It is being cancelled. If that fails, the store still has it.
-            queues.wait_unclaimed(due.id).await;
-        }
-        match self.send().await {
-            Ok(end) => end,
-            Err(error) => {
-                tracing::debug!(delivery = %due.id, %error, "a delivery cannot be read");
-                let end = DeliveryOutcome::NotSent { retry_after: Some(STORE_RETRY) };
-                TaskEnd::Attempted(Box::new(Report::failed(end, "store_failed")))
-            }
-        }
-    }
-
-    async fn send(&self) -> Result<TaskEnd, StoreError> {
-        let Self { worker, queues, due, .. } = self;
-        let found = match queues.store.find(due.id).await {
-            Err(StoreError::NotFound) => return Ok(TaskEnd::Skipped),
-            found => found?,
-        };
-        if !found.state.is_pending() {
-            return Ok(TaskEnd::Skipped);
-        }
-        let (stored, body) = match queues.store.content(due.id).await {
-            Err(StoreError::Unreadable(reason)) => {
-                tracing::error!(delivery = %due.id, reason, "a stored request cannot be read");
-                let report = Report::failed(DeliveryOutcome::Unreadable, "unreadable");
-                return Ok(TaskEnd::Attempted(Box::new(report)));
-            }
-            content => content?,
-        };
-        if self.starts {
-            queues.store.start(due.id).await?;
-        }
-        let report = attempt::perform(worker, due, stored, Bytes::from(body), self.result_limit).await;
-        let mut report = report;
-        if report.is_stale && !self.starts {
-            // A pooled connection that the service had most likely closed before: another one is used at once.
-            report.end = DeliveryOutcome::Interrupted { sent: false };
-        }
-        Ok(TaskEnd::Attempted(Box::new(report)))
     }
 }

@@ -20,11 +20,8 @@ use crate::{
         store::{DeliveryState, Outcome, StoreError, Summary},
     },
     telemetry::timestamp::Timestamp,
-    unix_time::UnixMillis,
 };
 
-/// IDs from before this are not from here: 2024-01-01.
-const FIRST_IDS: UnixMillis = UnixMillis(1_704_067_200_000);
 /// Fields of a stored response, at most.
 const MAX_FIELDS: usize = 128;
 const TRUNCATED: HeaderName = HeaderName::from_static("x-outrigger-truncated");
@@ -34,12 +31,11 @@ pub async fn serve(
     origin: &Origin<'_>,
     request: &Request<ClientBody>,
 ) -> Result<Response<ResponseBody>, ProxyError> {
-    let unknown = || ProxyError::new(Cause::DeliveryUnknown, "there is no such delivery");
     let DeliveryPath { id, response } = DeliveryPath::parse(request.uri().path()).ok_or_else(unknown)?;
     let queues = queues(origin)?;
     let summary = match queues.store.find(id).await {
         Ok(summary) if summary.identity == identity(origin) => summary,
-        Err(StoreError::NotFound) => return Err(gone(origin, queues, id).unwrap_or_else(unknown)),
+        Err(StoreError::NotFound) => return Err(deleted(queues, id, identity(origin)).await),
         Ok(_) => return Err(unknown()),
         Err(error) => return Err(store_error(&error)),
     };
@@ -57,18 +53,21 @@ pub async fn serve(
     }
 }
 
-/// 410 for an ID from a time of which nothing is kept any more.
-fn gone(origin: &Origin<'_>, queues: &Queues, id: DeliveryId) -> Option<ProxyError> {
-    let mut millis = [0; 8];
-    millis[2..].copy_from_slice(&id.to_bytes()[..6]);
-    let made = UnixMillis(u64::from_be_bytes(millis));
-    let config = &origin.view.snapshot.config;
-    let kept = config.queues.iter().map(|queue| queue.keep_done.0).min()?;
-    let is_over = made >= FIRST_IDS && made + kept <= queues.store.now();
-    is_over.then(|| {
-        ProxyError::new(Cause::DeliveryUnknown, "the delivery ended, and `keep_done` is over")
-            .with_status(StatusCode::GONE)
-    })
+/// 410 where this client got the ID from here, 404 otherwise.
+async fn deleted(queues: &Queues, id: DeliveryId, identity: String) -> ProxyError {
+    match queues.store.has_issued(id, identity).await {
+        Ok(true) => ProxyError::new(
+            Cause::DeliveryUnknown,
+            "the delivery has ended, and what was kept of it is deleted",
+        )
+        .with_status(StatusCode::GONE),
+        Ok(false) => unknown(),
+        Err(error) => store_error(&error),
+    }
+}
+
+fn unknown() -> ProxyError {
+    ProxyError::new(Cause::DeliveryUnknown, "there is no such delivery")
 }
 
 /// The stable word for the state, also while it is being delivered.

@@ -76,7 +76,9 @@ struct Row {
 }
 
 impl Batch<'_> {
-    pub(super) fn accept(&mut self, id: DeliveryId, new: &NewDelivery) -> Result<Accepted, StoreError> {
+    /// `random`: an ID with random bytes, which gets the code of this store.
+    pub(super) fn accept(&mut self, random: DeliveryId, new: &NewDelivery) -> Result<Accepted, StoreError> {
+        let id = self.database.ids.issue(random, &new.identity);
         let fingerprint = new.idempotency_key.as_ref().map(|_| new.request.fingerprint(&new.body));
         if let (Some(key), Some(fingerprint)) = (&new.idempotency_key, &fingerprint)
             && let Some((earlier, same)) = self.earlier(new, key, fingerprint)?

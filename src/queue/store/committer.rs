@@ -35,6 +35,9 @@ pub(super) struct Committer {
     max_bytes: u64,
     clock: SteadyClock,
     state: State,
+    /// The log has to be cut to this length before the file is opened: what follows belongs to commits that failed, whose
+    /// callers got an error.
+    cut: Option<u64>,
     shared: SharedStatus,
     status: StoreStatus,
 }
@@ -77,7 +80,7 @@ impl Committer {
         };
         let state = State::failed(String::new());
         let (max_bytes, status) = (settings.max_bytes.0, StoreStatus::default());
-        let mut committer = Self { directory, cipher, max_bytes, clock, state, shared, status };
+        let mut committer = Self { directory, cipher, max_bytes, clock, state, cut: None, shared, status };
         let first = committer.open_database();
         match &first {
             // What only an operator can mend ends the start.
@@ -102,10 +105,17 @@ impl Committer {
             self.process(batch);
             self.publish();
         }
-        if let State::Open(database) | State::Full(database, _) = &self.state
-            && let Err(error) = database.checkpoint_all()
-        {
-            warn!(%error, "the store's log could not be copied into its file; the next start does it");
+        match &self.state {
+            State::Open(database) | State::Full(database, _) => {
+                if let Err(error) = database.checkpoint_all() {
+                    warn!(%error, "the store's log could not be copied into its file; the next start does it");
+                }
+            }
+            State::Failed { .. } => {
+                if let Err(error) = self.cut_log() {
+                    error!(%error, "the store's log could not be cut: requests that were refused may be delivered");
+                }
+            }
         }
     }
 
@@ -235,19 +245,26 @@ impl Committer {
     fn recover(&mut self, cause: &StoreError) {
         error!(error = %cause, "the store failed; its file is opened again and verified");
         let Some(database) = self.take_database(cause.to_string()) else { return };
-        let synced = database.synced_log();
+        self.cut = database.synced_log();
         drop(database);
-        let Some(directory) = &self.directory else { return };
-        let mut reopened = synced.map_or(Ok(()), |length| directory.cut_log(length));
-        if reopened.is_ok() && cause.fault() == Some(Fault::Corrupt) {
-            reopened = Err(cause.clone());
+        if self.directory.is_none() {
+            return;
         }
-        let reopened = match reopened {
-            Ok(()) => self.open_database(),
-            Err(error) if error.fault() == Some(Fault::Corrupt) => self.begin_anew(&error),
-            Err(error) => Err(error),
+        let reopened = match cause.fault() {
+            Some(Fault::Corrupt) => self.cut_log().and_then(|()| self.begin_anew(cause)),
+            _ => self.open_database(),
         };
         self.opened(reopened);
+    }
+
+    /// Cuts off the log what must not come back. Until that has succeeded the file is not opened.
+    fn cut_log(&mut self) -> Result<(), StoreError> {
+        if let (Some(directory), Some(length)) = (&self.directory, self.cut) {
+            directory.cut_log(length)?;
+        }
+        // Not again: commits that follow make the log longer.
+        self.cut = None;
+        Ok(())
     }
 
     fn reopen_if_due(&mut self) {
@@ -265,7 +282,8 @@ impl Committer {
         }
     }
 
-    fn open_file(&self) -> Result<Database, StoreError> {
+    fn open_file(&mut self) -> Result<Database, StoreError> {
+        self.cut_log()?;
         let Some(directory) = &self.directory else { return Database::in_memory(self.cipher.clone()) };
         let mut database = Database::open(&directory.database(), self.cipher.clone(), KeyCheck::Required)?;
         database.verify()?;
@@ -335,5 +353,46 @@ fn refuse_growing(jobs: Vec<Box<dyn Job>>) -> Vec<Box<dyn Job>> {
 fn reply(jobs: Vec<Box<dyn Job>>, committed: &Result<(), StoreError>) {
     for job in jobs {
         job.reply(committed.clone());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+    use crate::units::ByteSize;
+
+    /// The log cannot be cut when the commit fails, as its file cannot be opened: that is done before the store is opened
+    /// again, however much later.
+    #[test]
+    fn a_refused_request_is_not_delivered_after_the_store_is_opened_again() {
+        let root = tempfile::tempdir().unwrap();
+        let path = root.path().join("store");
+        let settings = StoreSettings { path, reserve: ByteSize(0), ..Default::default() };
+        let mut committer =
+            Committer::open(&settings, SteadyClock::default(), SharedStatus::default()).unwrap();
+        let insert = "INSERT INTO meta VALUES (?1, x'00')";
+        let State::Open(database) = &committer.state else { panic!("not open") };
+        database.connection.execute(insert, ["acknowledged"]).unwrap();
+        // What a commit leaves in the log whose sync fails: without the hook its length is not noted.
+        database.connection.wal_hook(Some(|_: &mut rusqlite::hooks::Wal, _| Ok(()))).unwrap();
+        database.connection.execute(insert, ["refused"]).unwrap();
+        let (log, aside) = (settings.path.join("queue.db-wal"), root.path().join("aside"));
+        fs::rename(&log, &aside).unwrap();
+        fs::create_dir(&log).unwrap();
+        let failure = StoreError::Database { fault: Fault::Io, reason: "a sync failed".to_owned() };
+        committer.recover(&failure);
+        assert!(matches!(committer.state, State::Failed { .. }));
+
+        fs::remove_dir(&log).unwrap();
+        fs::rename(&aside, &log).unwrap();
+        let opened = committer.open_database();
+        committer.opened(opened);
+        let State::Open(database) = &committer.state else { panic!("not open again") };
+        let mut names = database.connection.prepare("SELECT name FROM meta WHERE name != 'id_key'").unwrap();
+        let names: Vec<String> =
+            names.query_map([], |row| row.get(0)).unwrap().collect::<Result<_, _>>().unwrap();
+        assert_eq!(names, ["acknowledged"]);
     }
 }

@@ -18,6 +18,7 @@ use super::{
     cipher::Cipher,
     counts::Counts,
     error::StoreError,
+    issue::IdKey,
     schema::{self, FileKind, MIGRATIONS},
 };
 use crate::unix_time::UnixMillis;
@@ -40,6 +41,7 @@ pub struct Database {
     pub(super) connection: Connection,
     pub(super) cipher: Option<Cipher>,
     pub(super) counts: Counts,
+    pub(super) ids: IdKey,
     /// Pages in the log that a commit has synced, or [`UNKNOWN`].
     log_pages: Arc<AtomicU32>,
     on_disk: bool,
@@ -95,8 +97,8 @@ impl Database {
             Ok(())
         }))?;
         schema::migrate(&mut connection, MIGRATIONS)?;
-        let counts = Counts::read(&connection)?;
-        Ok(Self { connection, cipher, counts, log_pages, on_disk })
+        let (counts, ids) = (Counts::read(&connection)?, IdKey::of(&connection)?);
+        Ok(Self { connection, cipher, counts, ids, log_pages, on_disk })
     }
 
     /// Reads the whole structure of the file.

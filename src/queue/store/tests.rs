@@ -286,6 +286,27 @@ async fn what_is_over_expires_and_is_deleted() {
     close((store, thread));
 }
 
+/// Also long after the delivery was deleted, and after a restart.
+#[tokio::test]
+async fn an_id_is_recognised_for_the_client_that_got_it() {
+    let directory = tempfile::tempdir().unwrap();
+    let opened = open(&on_disk(directory.path()));
+    let id = accept(&opened.0, new_delivery("1")).await;
+    opened.0.settle(id, Verdict::Done, None).await.unwrap();
+    opened.0.drop_delivery(id).await.unwrap();
+    close(opened);
+    let opened = open(&on_disk(directory.path()));
+    let own = new_delivery("").identity;
+    assert_eq!(opened.0.find(id).await, Err(StoreError::NotFound));
+    assert_eq!(opened.0.has_issued(id, own.clone()).await, Ok(true));
+    assert_eq!(opened.0.has_issued(id, "spiffe://shop/other".to_owned()).await, Ok(false));
+    assert_eq!(opened.0.has_issued(DeliveryId::new(NOON, [7; 10]), own.clone()).await, Ok(false));
+    close(opened);
+    let other = open(&in_memory());
+    assert_eq!(other.0.has_issued(id, own).await, Ok(false));
+    close(other);
+}
+
 /// The reply to one caller does not depend on the fate of another in the same batch.
 #[tokio::test]
 async fn many_callers_share_commits() {

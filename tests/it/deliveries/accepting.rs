@@ -113,6 +113,25 @@ fn a_full_queue_and_a_full_store_refuse() {
     assert!(refused.field("retry-after").is_some());
 }
 
+/// Bodies that are being read are in memory: 64 MiB of them.
+#[test]
+fn bodies_share_a_bounded_memory() {
+    let (service, store) = (Service::start(), tempfile::tempdir().unwrap());
+    let queue = format!("{QUEUE}body_limit = \"64MiB\"\n");
+    let proxy = Proxy::start(config(store.path(), service.address(), &queue, ", when = \"always\""));
+    let mut large = RawClient::connect(proxy.outbound());
+    large.send("POST /orders HTTP/1.1\r\nHost: payments\r\ncontent-length: 67108864\r\n\r\nbegin");
+    let mut last = ask(&proxy, "POST /orders", "", "small");
+    eventually("a refusal", || {
+        last = ask(&proxy, "POST /orders", "", "small");
+        last.status() == 503
+    });
+    assert_eq!(json(&last)["cause"].as_str(), Some("queue_full"));
+    assert!(last.field("retry-after").is_some());
+    drop(large);
+    assert_eq!(ask(&proxy, "POST /orders", "", "small").status(), 202);
+}
+
 #[test]
 fn a_repeated_key_is_the_same_delivery_and_another_request_is_an_error() {
     let (service, store) = (Service::start(), tempfile::tempdir().unwrap());

@@ -87,24 +87,6 @@ fn five_workers_serve_a_hundred_clients() {
 }
 
 #[test]
-fn the_drain_begins_no_delivery_and_finishes_those_under_way() {
-    let service = Service::start_at(([127, 0, 0, 1], 0).into(), Duration::from_millis(500));
-    let store = tempfile::tempdir().unwrap();
-    let queue = format!("{QUEUE}concurrency = 1\n");
-    let text = config(store.path(), service.address(), &queue, "");
-    let mut proxy = Proxy::start(text.clone());
-    let orders = ["one", "two"].map(|body| order(&proxy, body));
-    eventually("the first to be under way", || is_in_state(&proxy, &orders[0], "delivering"));
-    proxy.signal("TERM");
-    proxy.wait();
-    assert_eq!(service.bodies(), ["one"]);
-    let proxy = Proxy::start(text);
-    assert!(is_in_state(&proxy, &orders[0], "done"), "its outcome was stored");
-    eventually("the second", || is_in_state(&proxy, &orders[1], "done"));
-    assert_eq!(service.bodies(), ["one", "two"]);
-}
-
-#[test]
 fn a_delivery_expires() {
     let store = tempfile::tempdir().unwrap();
     let queue = format!("{QUEUE}expires = \"100ms\"\n");

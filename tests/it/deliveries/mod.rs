@@ -2,6 +2,8 @@
 
 mod accepting;
 mod delivering;
+mod drain;
+mod failing_store;
 mod inbound;
 mod reload;
 mod resources;
