@@ -1,6 +1,6 @@
 //! The API of the admin server: routes, access control, responses.
 
-use std::{sync::Arc, time::Duration};
+use std::{future::Future, pin::Pin, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use http::{
@@ -14,7 +14,7 @@ use http::{
 use http_body::Body;
 use http_body_util::{BodyExt, Full};
 
-use super::{breaker, host_check, probes::Probes, reload, status::Status, token::AdminToken};
+use super::{breaker, deliveries, host_check, probes::Probes, reload, status::Status, token::AdminToken};
 use crate::{
     admin::exposition::{self, ExpositionFormat},
     redact::redact_userinfo,
@@ -44,10 +44,14 @@ pub enum Access {
 }
 
 type Immediate = fn(&Arc<Control>, &Parts, &[u8]) -> ApiResponse;
+/// Waits for other threads.
+type Deferred = for<'a> fn(&'a Control, &'a Parts, &'a [u8]) -> ResponseFuture<'a>;
+type ResponseFuture<'a> = Pin<Box<dyn Future<Output = ApiResponse> + Send + 'a>>;
 
 #[derive(Clone, Copy)]
 enum Handler {
     Immediate(Immediate),
+    Deferred(Deferred),
     /// Waits until the files have been loaded.
     Reload,
 }
@@ -57,6 +61,8 @@ struct Route {
     /// The segment `NAME` matches any non-empty segment.
     path: &'static str,
     probe: bool,
+    /// Whether it needs the token, as all changes do.
+    protected: bool,
     handler: Handler,
 }
 
@@ -72,11 +78,15 @@ impl Route {
 }
 
 const fn read(path: &'static str, probe: bool, handler: Immediate) -> Route {
-    Route { method: Method::GET, path, probe, handler: Handler::Immediate(handler) }
+    Route { method: Method::GET, path, probe, protected: false, handler: Handler::Immediate(handler) }
 }
 
 const fn change(method: Method, path: &'static str, handler: Immediate) -> Route {
-    Route { method, path, probe: false, handler: Handler::Immediate(handler) }
+    Route { method, path, probe: false, protected: true, handler: Handler::Immediate(handler) }
+}
+
+const fn deferred(method: Method, path: &'static str, handler: Deferred) -> Route {
+    Route { method, path, probe: false, protected: true, handler: Handler::Deferred(handler) }
 }
 
 const ROUTES: &[Route] = &[
@@ -90,9 +100,29 @@ const ROUTES: &[Route] = &[
     change(Method::POST, "/upstreams/NAME/breaker", |control, parts, body| {
         breaker::force(control, breaker::upstream_from_path(parts.uri.path()).unwrap_or_default(), body)
     }),
+    deferred(Method::GET, "/deliveries", |control, parts, _| Box::pin(deliveries::list(control, parts))),
+    deferred(Method::GET, "/deliveries/NAME", |control, parts, _| Box::pin(deliveries::show(control, parts))),
+    deferred(Method::POST, "/deliveries/replay", |control, _, body| {
+        Box::pin(deliveries::replay(control, body))
+    }),
+    deferred(Method::POST, "/deliveries/drop", |control, _, body| {
+        Box::pin(deliveries::drop_all(control, body))
+    }),
+    deferred(Method::POST, "/queues/NAME/pause", |control, parts, _| {
+        Box::pin(deliveries::pause(control, parts, true))
+    }),
+    deferred(Method::POST, "/queues/NAME/resume", |control, parts, _| {
+        Box::pin(deliveries::pause(control, parts, false))
+    }),
     change(Method::POST, "/drain", |control, _, _| drain(control)),
     change(Method::PUT, "/log", |control, _, body| set_log(control, body)),
-    Route { method: Method::POST, path: reload::PATH, probe: false, handler: Handler::Reload },
+    Route {
+        method: Method::POST,
+        path: reload::PATH,
+        probe: false,
+        protected: true,
+        handler: Handler::Reload,
+    },
 ];
 
 /// A worker whose thread has not run for this long counts as hung. The kubelet acts only after several failed probes.
@@ -143,6 +173,7 @@ impl Api {
         match body.collect().await {
             Ok(body) => match handler {
                 Handler::Immediate(handler) => handler(&self.control, &parts, &body.to_bytes()),
+                Handler::Deferred(handler) => handler(&self.control, &parts, &body.to_bytes()).await,
                 Handler::Reload => reload::reload(&self.control, &body.to_bytes()).await,
             },
             Err(error) => {
@@ -187,15 +218,15 @@ impl Api {
             }
             return Err(Box::new(response));
         };
-        if route.method != Method::GET {
-            self.may_change(&parts.headers)?;
+        if route.protected {
+            self.check_token(&parts.headers)?;
         }
         Ok(route.handler)
     }
 
-    fn may_change(&self, headers: &HeaderMap) -> Result<(), Box<ApiResponse>> {
+    fn check_token(&self, headers: &HeaderMap) -> Result<(), Box<ApiResponse>> {
         let deny = |detail: &str| {
-            let mut response = problem(StatusCode::UNAUTHORIZED, "Changes need the admin token", detail);
+            let mut response = problem(StatusCode::UNAUTHORIZED, "This needs the admin token", detail);
             response.headers_mut().insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
             Err(Box::new(response))
         };

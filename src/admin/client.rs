@@ -75,6 +75,11 @@ impl AdminClient {
         self.exchange(method, path, body, token).await
     }
 
+    /// Sends a GET that needs the token.
+    pub async fn get_protected(&self, path: &str) -> Result<Bytes, AdminClientError> {
+        self.change(Method::GET, path, String::new()).await
+    }
+
     /// The token from `--token-file`, else from the file that the sidecar created; `None` if it has created none.
     async fn token(&self, port: u16) -> Result<Option<AdminToken>, AdminClientError> {
         let token = match &self.token_file {

@@ -5,6 +5,7 @@
 mod api;
 pub mod breaker;
 pub mod client;
+pub mod deliveries;
 pub mod exposition;
 mod host_check;
 mod listen;

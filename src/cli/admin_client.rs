@@ -1,6 +1,6 @@
 //! Shared by `status`, `set`, `drain` and `reload`: the sidecar's address, and the exit code.
 
-use std::{future::Future, path::PathBuf, process::ExitCode};
+use std::{fmt::Display, future::Future, path::PathBuf, process::ExitCode};
 
 use clap::Args;
 
@@ -39,6 +39,11 @@ impl AdminArgs {
 
 /// Runs the exchange and prints its error, if any.
 pub fn finish(exchange: impl Future<Output = Result<(), AdminClientError>>) -> ExitCode {
+    run_to_end(exchange)
+}
+
+/// The same for a command that has more ways to fail.
+pub fn run_to_end<E: Display>(exchange: impl Future<Output = Result<(), E>>) -> ExitCode {
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {

@@ -306,6 +306,14 @@ mod tests {
     fn warns_once() {
         for (text, message) in [
             ("[runtime]\ndrain_delay = '10s'", "x:2:15: warning: draining takes up to 35s"),
+            (
+                "[store]\nkey_file='k'\nmax_bytes='1MiB'\n[[queue]]\nname='q'",
+                "x:3:11: warning: the queues may hold 256MiB together, and the store 1MiB",
+            ),
+            (
+                "[store]\nkey_file='k'\n[[queue]]\nname='q'\nexpires='10s'\n[[upstream]]\nname='a'\nbreaker={open_for={base='1s',max='1m'}}\n[[upstream.route]]\nqueue={name='q'}",
+                "x:5:9: warning: deliveries expire after 10s, and the breaker of a may stay open for 1m",
+            ),
             ("[outbound]\nlisten = '0.0.0.0:4140'", "x:2:10: warning: other hosts can send requests"),
             ("[admin]\nlisten = '[::]:4191'", "other hosts can read the admin pages"),
             (

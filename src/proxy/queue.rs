@@ -11,6 +11,7 @@
 mod accept;
 mod attempt;
 pub mod deliverer;
+pub mod operate;
 mod prefer;
 mod resource;
 mod stored;
@@ -41,7 +42,7 @@ use crate::{
     model::{Side, queue_route::QueueRoute},
     queue::{
         DeliveryId,
-        store::{Store, StoreError},
+        store::{Store, StoreError, Summary},
     },
     resilience::queue::DueDelivery,
     unix_time::UnixMillis,
@@ -80,6 +81,8 @@ struct Inner {
     accepted: Vec<(String, DueDelivery)>,
     /// Queues that must be read from the store again.
     stale: Vec<String>,
+    /// An operator has stopped a queue, or let it go on: the store has which.
+    holds_changed: bool,
     /// Deliveries that are attempted or cancelled at the moment: never both.
     claims: HashMap<DeliveryId, Claim>,
     /// Clients that wait for the end of a delivery.
@@ -199,6 +202,14 @@ impl Queues {
             }
             ended.await;
         }
+    }
+
+    /// The stable word for the state, also while it is being delivered.
+    pub fn state_word(&self, delivery: &Summary) -> &'static str {
+        if delivery.state.is_pending() && self.is_attempted(delivery.id) {
+            return "delivering";
+        }
+        delivery.state.word()
     }
 
     fn is_attempted(&self, id: DeliveryId) -> bool {

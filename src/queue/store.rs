@@ -35,7 +35,7 @@ mod sweep;
 #[cfg(test)]
 mod tests;
 
-use std::{sync::Arc, thread};
+use std::{sync::Arc, thread, time::Duration};
 
 use tokio::sync::mpsc;
 
@@ -140,9 +140,37 @@ impl Store {
         self.run(move |batch| batch.cancel(id, &identity)).await
     }
 
-    /// Makes a dead letter a queued delivery again, due at `at`.
-    pub async fn replay(&self, id: DeliveryId, at: UnixMillis) -> Result<(), StoreError> {
-        self.run(move |batch| batch.replay(id, at)).await
+    /// Makes dead letters queued deliveries again: the first due at `at`, each of the others `spacing` later than the one
+    /// before. Returns how many; what is no dead letter is left as it is.
+    pub async fn replay(
+        &self,
+        ids: Vec<DeliveryId>,
+        at: UnixMillis,
+        spacing: Duration,
+    ) -> Result<u64, StoreError> {
+        self.run(move |batch| {
+            let (mut at, mut replayed) = (at, 0);
+            for id in &ids {
+                match batch.replay(*id, at) {
+                    Ok(()) => replayed += 1,
+                    Err(StoreError::NotFound | StoreError::WrongState(_)) => {}
+                    Err(error) => return Err(error),
+                }
+                at = at + spacing;
+            }
+            Ok(replayed)
+        })
+        .await
+    }
+
+    /// Notes that an operator has stopped the deliveries of a queue, or that they go on.
+    pub async fn set_paused(&self, queue: String, is_paused: bool) -> Result<(), StoreError> {
+        self.run(move |batch| batch.set_paused(&queue, is_paused)).await
+    }
+
+    /// The queues that an operator has stopped, and since when.
+    pub async fn paused(&self) -> Result<Vec<(String, UnixMillis)>, StoreError> {
+        self.run(|batch| batch.database.paused()).await
     }
 
     /// Makes a pending delivery a dead letter, deletes any other. Returns the state that it had.

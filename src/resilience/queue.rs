@@ -7,6 +7,8 @@ pub mod keys;
 mod lane;
 pub mod policy;
 pub mod scheduler;
+#[cfg(test)]
+mod scheduler_tests;
 pub mod settings;
 #[cfg(test)]
 mod tests;

@@ -3,6 +3,7 @@
 //! A worker sends that thread a reference to the record, and the thread formats the line. A stalled reader costs lines
 //! (counted), never a request.
 
+mod delivery;
 mod line;
 mod output;
 
@@ -20,6 +21,7 @@ use std::{
 
 use super::{record::RequestRecord, verdict::Verdict};
 use crate::config;
+pub use delivery::DeliveryEnd;
 pub use output::AccessLogTarget;
 use output::Output;
 
@@ -57,6 +59,8 @@ pub struct LineCounts {
 #[derive(Debug)]
 enum Message {
     Request(Arc<RequestRecord>),
+    /// Boxed: it is rare.
+    Delivery(Box<DeliveryEnd>),
     /// There are output changes. May be dropped where the queue is full: the thread checks before each batch anyway.
     CheckChanges,
     Stop,
@@ -127,8 +131,19 @@ impl AccessLog {
 
     /// Queues a record; never blocks.
     pub fn send(&self, record: Arc<RequestRecord>) {
+        self.queue_line(Message::Request(record));
+    }
+
+    /// Queues the end of a delivery, if the mode wants it; never blocks.
+    pub fn send_delivery(&self, end: DeliveryEnd) {
+        if self.wants(if end.dead.is_some() { Verdict::Failed } else { Verdict::Plain }) {
+            self.queue_line(Message::Delivery(Box::new(end)));
+        }
+    }
+
+    fn queue_line(&self, line: Message) {
         let Some(queue) = self.queue.get() else { return };
-        if let Err(TrySendError::Full(_)) = queue.try_send(Message::Request(record)) {
+        if let Err(TrySendError::Full(_)) = queue.try_send(line) {
             self.lines.dropped.fetch_add(1, Ordering::Relaxed);
         }
     }
@@ -180,7 +195,7 @@ fn write_all(
     let mut failing = false;
     'thread: loop {
         let Ok(mut message) = messages.recv() else { break };
-        if matches!(message, Message::Request(_)) {
+        if matches!(message, Message::Request(_) | Message::Delivery(_)) {
             thread::sleep(GATHER);
         }
         apply_changes(changes, &mut output);
@@ -188,6 +203,10 @@ fn write_all(
             match message {
                 Message::Request(record) => {
                     line::write(&mut batch, &record);
+                    pending += 1;
+                }
+                Message::Delivery(end) => {
+                    delivery::write(&mut batch, &end);
                     pending += 1;
                 }
                 Message::CheckChanges => {

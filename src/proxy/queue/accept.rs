@@ -201,7 +201,7 @@ impl<'a> Intake<'a> {
             return Ok(response);
         }
         let state = match queues.store.find(id).await {
-            Ok(summary) => resource::state_word(queues, &summary),
+            Ok(summary) => queues.state_word(&summary),
             Err(_) => "queued",
         };
         Ok(accepted(id, state, prefer))

@@ -48,6 +48,8 @@ pub struct Report {
     pub end: DeliveryOutcome,
     /// A pooled connection was lost before any byte of a response.
     pub is_stale: bool,
+    /// The number of the attempt; `None`: nothing was sent.
+    pub attempt: Option<u32>,
     /// The stable word of a failure; `status` after a response of the service.
     pub cause: &'static str,
     pub outcome: Outcome,
@@ -56,7 +58,7 @@ pub struct Report {
 impl Report {
     pub fn failed(end: DeliveryOutcome, cause: &'static str) -> Self {
         let outcome = Outcome { cause: Some(cause.to_owned()), ..Outcome::default() };
-        Self { end, is_stale: false, cause, outcome }
+        Self { end, is_stale: false, attempt: None, cause, outcome }
     }
 }
 
@@ -252,7 +254,8 @@ async fn responded(
         true => DeliveryOutcome::NotSent { retry_after },
         false => DeliveryOutcome::Response { status: head.status.as_u16(), retry_after },
     };
-    Report { end, is_stale: false, cause: if is_refused { "refused_by_sidecar" } else { "status" }, outcome }
+    let cause = if is_refused { "refused_by_sidecar" } else { "status" };
+    Report { end, is_stale: false, attempt: None, cause, outcome }
 }
 
 /// Reads all of a body and keeps its beginning.

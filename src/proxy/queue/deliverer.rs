@@ -16,14 +16,14 @@ use tokio::{
 use super::{
     Claim, Pause, QueueState, Queues,
     attempt::Report,
-    task::{self, Attempt, TaskEnd},
+    task::{self, Attempt, Settlement, TaskEnd},
 };
 use crate::{
     config::Config,
     proxy::worker::{Phase, Worker},
     queue::{
         DeliveryId,
-        store::{Outcome, StoreError, StoreFailure, Sweep},
+        store::{StoreError, StoreFailure, Sweep},
     },
     resilience::queue::{
         DeadReason, DueDelivery, Verdict,
@@ -31,12 +31,17 @@ use crate::{
         policy::{AmbiguousPolicy, DeliveryOutcome},
         scheduler::{Scheduler, Step},
     },
+    telemetry::access_log::DeliveryEnd,
+    unix_time::UnixMillis,
 };
 
 /// How often deliveries expire and what has ended is deleted.
 const SWEEP: Duration = Duration::from_secs(1);
 /// How long after a failure of the store the next delivery begins.
 const STORE_RETRY: Duration = Duration::from_secs(1);
+
+/// The cause of a pause that an operator made.
+const OPERATOR: &str = "operator";
 
 /// Delivers until the process ends. Does nothing without a store.
 pub async fn run(worker: Rc<Worker>) {
@@ -51,6 +56,8 @@ pub async fn run(worker: Rc<Worker>) {
         subjects: HashMap::new(),
         pauses: HashMap::new(),
         oldest: HashMap::new(),
+        holds: HashMap::new(),
+        holds_known: false,
         store_retry: None,
     };
     let mut sweeps = interval(SWEEP);
@@ -91,6 +98,10 @@ struct Deliverer {
     pauses: HashMap<Arc<str>, Pause>,
     /// The age of the delivery that is due first, by queue.
     oldest: HashMap<Arc<str>, Duration>,
+    /// The queues that an operator has stopped, and since when.
+    holds: HashMap<String, UnixMillis>,
+    /// Whether `holds` is what the store has.
+    holds_known: bool,
     /// The store has failed: nothing begins before this time.
     store_retry: Option<Instant>,
 }
@@ -111,12 +122,16 @@ impl Deliverer {
         if let Some(retry) = self.store_unusable_until() {
             return Some(retry);
         }
+        if let Err(error) = self.read_holds().await {
+            return Some(self.store_failed(&error));
+        }
         loop {
             let now = self.queues.store.now();
             match self.scheduler.next(now) {
                 Step::Deliver { queue, due, .. } => self.attempt(queue, due),
                 Step::Expire { queue, id } => {
-                    self.settle(queue, id, Verdict::Dead(DeadReason::Expired), None)
+                    let verdict = Verdict::Dead(DeadReason::Expired);
+                    self.settle(Settlement { id, queue, verdict, outcome: None, attempt: None });
                 }
                 Step::Load { queue, limit } => match self.queues.store.due(queue.to_string(), limit).await {
                     Ok(found) => self.scheduler.loaded(&queue, Some(found), limit),
@@ -128,6 +143,23 @@ impl Deliverer {
                 Step::Wait(until) => return until.map(|until| Instant::now() + until.since(now)),
             }
         }
+    }
+
+    /// What an operator has changed.
+    async fn read_holds(&mut self) -> Result<(), StoreError> {
+        if !self.holds_known {
+            // A change that comes meanwhile has it read again.
+            self.holds_known = true;
+            match self.queues.store.paused().await {
+                Ok(paused) => self.holds = paused.into_iter().collect(),
+                Err(error) => {
+                    self.holds_known = false;
+                    return Err(error);
+                }
+            }
+        }
+        self.scheduler.hold(|queue| self.holds.contains_key(queue));
+        Ok(())
     }
 
     /// While the store fails nothing begins: what becomes of it could not be written. The sweeps have it opened again.
@@ -162,6 +194,7 @@ impl Deliverer {
         }
         let (accepted, stale) = {
             let mut inner = self.queues.lock();
+            self.holds_known &= !std::mem::take(&mut inner.holds_changed);
             (std::mem::take(&mut inner.accepted), std::mem::take(&mut inner.stale))
         };
         for (queue, due) in accepted {
@@ -192,7 +225,9 @@ impl Deliverer {
     }
 
     /// Writes what an attempt means.
-    fn settle(&mut self, queue: Arc<str>, id: DeliveryId, verdict: Verdict, outcome: Option<Outcome>) {
+    fn settle(&mut self, settlement: Settlement) {
+        let Settlement { id, verdict, outcome, .. } = &settlement;
+        let queue = Arc::clone(&settlement.queue);
         let word = match verdict {
             Verdict::Done => "done",
             Verdict::Wait { .. } => "failed",
@@ -207,7 +242,8 @@ impl Deliverer {
         };
         self.queues.count_delivery(&queue, word);
         let queues = Arc::clone(&self.queues);
-        let task = self.tasks.spawn_local(async move { task::write(&queues, id, verdict, outcome).await });
+        let id = *id;
+        let task = self.tasks.spawn_local(async move { task::write(&queues, settlement).await });
         self.subjects.insert(task.id(), (queue, id));
     }
 
@@ -237,7 +273,10 @@ impl Deliverer {
                 self.store_failed(&error);
                 self.queues.release(delivery);
             }
-            TaskEnd::Settled { next } => {
+            TaskEnd::Settled { next, end } => {
+                if let Some(end) = end {
+                    self.worker.shared.request_telemetry.access_log.send_delivery(end);
+                }
                 self.scheduler.settled(&queue, delivery, next);
                 self.queues.release(delivery);
             }
@@ -284,7 +323,8 @@ impl Deliverer {
             self.queues.count_delivery(&queue, "released");
             return self.queues.release(id);
         }
-        self.settle(queue, id, verdict, Some(report.outcome));
+        let (outcome, attempt) = (Some(report.outcome), report.attempt);
+        self.settle(Settlement { id, queue, verdict, outcome, attempt });
     }
 
     /// Expires and deletes.
@@ -325,6 +365,16 @@ impl Deliverer {
                 tracing::warn!(queue = settings.name, delivery = %id, reason, "a delivery is a dead letter");
                 self.queues.count_delivery(&settings.name, reason);
                 self.queues.notify_end(id);
+                let end = DeliveryEnd {
+                    at: self.queues.store.now().into(),
+                    id,
+                    queue: settings.name.clone(),
+                    dead: Some(reason),
+                    attempts: None,
+                    status: None,
+                    cause: None,
+                };
+                self.worker.shared.request_telemetry.access_log.send_delivery(end);
             }
             if swept.dropped > 0 {
                 let count = swept.dropped;
@@ -339,7 +389,8 @@ impl Deliverer {
 
     fn publish(&self) {
         let state = |queue: crate::resilience::queue::scheduler::QueueState| {
-            let pause = self.pauses.get(&queue.name).copied();
+            let held = self.holds.get(&*queue.name).map(|since| Pause { since: *since, cause: OPERATOR });
+            let pause = held.or_else(|| self.pauses.get(&queue.name).copied());
             let oldest = self.oldest.get(&queue.name).copied();
             (queue.name.to_string(), QueueState { in_flight: queue.in_flight, pause, oldest })
         };

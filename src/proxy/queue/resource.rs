@@ -70,19 +70,11 @@ fn unknown() -> ProxyError {
     ProxyError::new(Cause::DeliveryUnknown, "there is no such delivery")
 }
 
-/// The stable word for the state, also while it is being delivered.
-pub fn state_word(queues: &Queues, summary: &Summary) -> &'static str {
-    if summary.state.is_pending() && queues.is_attempted(summary.id) {
-        return "delivering";
-    }
-    summary.state.word()
-}
-
 fn state(queues: &Queues, summary: &Summary) -> Response<ResponseBody> {
     let next = summary.next.map(|next| Timestamp::from(std::time::SystemTime::from(next)).to_string());
     let body = json!({
         "id": summary.id.to_string(),
-        "state": state_word(queues, summary),
+        "state": queues.state_word(summary),
         "reason": summary.reason.map(|reason| reason.word()),
         "attempts": summary.attempts,
         "next": next.filter(|_| summary.state.is_pending()),
@@ -98,7 +90,7 @@ fn state(queues: &Queues, summary: &Summary) -> Response<ResponseBody> {
 }
 
 async fn read_response(queues: &Queues, summary: &Summary) -> Result<Response<ResponseBody>, ProxyError> {
-    let word = state_word(queues, summary);
+    let word = queues.state_word(summary);
     let none = |detail: String| ProxyError::new(Cause::DeliveryState, detail);
     if summary.state.is_pending() {
         let detail = format!("the delivery is {word}: there is no response yet");

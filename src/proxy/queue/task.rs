@@ -16,6 +16,8 @@ use crate::{
         store::{Outcome, StoreError},
     },
     resilience::queue::{DueDelivery, Verdict, policy::DeliveryOutcome},
+    telemetry::access_log::DeliveryEnd,
+    unix_time::UnixMillis,
 };
 
 /// How long after a failure of the store an outcome is written again.
@@ -34,24 +36,59 @@ pub enum TaskEnd {
     /// The verdict is stored. `next`: the next of the same order.
     Settled {
         next: Option<DueDelivery>,
+        /// What the access log says of it.
+        end: Option<DeliveryEnd>,
     },
     NotSettled,
 }
 
+/// A verdict that is to be written.
+pub struct Settlement {
+    pub id: DeliveryId,
+    pub queue: Arc<str>,
+    pub verdict: Verdict,
+    pub outcome: Option<Outcome>,
+    /// The number of the attempt; `None`: there was none.
+    pub attempt: Option<u32>,
+}
+
+impl Settlement {
+    /// For the access log, if this ends the delivery.
+    fn end(&self, now: UnixMillis) -> Option<DeliveryEnd> {
+        let dead = match self.verdict {
+            Verdict::Done => None,
+            Verdict::Dead(reason) => Some(reason.word()),
+            Verdict::Wait { .. } | Verdict::Release => return None,
+        };
+        Some(DeliveryEnd {
+            at: now.into(),
+            id: self.id,
+            queue: self.queue.to_string(),
+            dead,
+            attempts: self.attempt,
+            status: self.outcome.as_ref().and_then(|outcome| outcome.status),
+            cause: self.outcome.as_ref().and_then(|outcome| outcome.cause.clone()),
+        })
+    }
+}
+
 /// Writes a verdict. While the store fails it is tried again for some time: else the delivery would be repeated.
-pub async fn write(queues: &Queues, id: DeliveryId, verdict: Verdict, outcome: Option<Outcome>) -> TaskEnd {
+pub async fn write(queues: &Queues, settlement: Settlement) -> TaskEnd {
+    let Settlement { id, verdict, .. } = settlement;
     let begin = Instant::now();
     let mut is_reported = false;
     loop {
-        match queues.store.settle(id, verdict, outcome.clone()).await {
+        match queues.store.settle(id, verdict, settlement.outcome.clone()).await {
             Ok(next) => {
                 if matches!(verdict, Verdict::Done | Verdict::Dead(_)) {
                     queues.notify_end(id);
                 }
-                return TaskEnd::Settled { next };
+                return TaskEnd::Settled { next, end: settlement.end(queues.store.now()) };
             }
             // Cancelled or dropped meanwhile.
-            Err(StoreError::NotFound | StoreError::WrongState(_)) => return TaskEnd::Settled { next: None },
+            Err(StoreError::NotFound | StoreError::WrongState(_)) => {
+                return TaskEnd::Settled { next: None, end: None };
+            }
             Err(StoreError::Closed) => return TaskEnd::NotSettled,
             Err(error) => {
                 if !std::mem::replace(&mut is_reported, true) {
@@ -110,8 +147,8 @@ impl Attempt {
         if self.starts {
             queues.store.start(due.id).await?;
         }
-        let report = attempt::perform(worker, due, stored, Bytes::from(body), self.result_limit).await;
-        let mut report = report;
+        let mut report = attempt::perform(worker, due, stored, Bytes::from(body), self.result_limit).await;
+        report.attempt = Some(due.attempts + 1);
         if report.is_stale && !self.starts {
             // A pooled connection that the service had most likely closed before: another one is used at once.
             report.end = DeliveryOutcome::Interrupted { sent: false };

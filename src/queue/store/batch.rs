@@ -5,7 +5,9 @@
 
 use rusqlite::{OptionalExtension, params};
 
-use super::{cipher::Part, counts::Counts, database::Database, error::StoreError, state::DeliveryState};
+use super::{
+    cipher::Part, counts::Counts, database::Database, error::StoreError, query::PAUSED, state::DeliveryState,
+};
 use crate::{
     queue::{DeliveryId, StoredRequest},
     resilience::queue::{DeadReason, DueDelivery, Verdict, settings::QueueLimits},
@@ -249,6 +251,20 @@ impl Batch<'_> {
             .execute(params![row.seq, at.0, next, self.now.0])?;
         self.counts.remove(&row.queue, row.state, row.bytes);
         self.counts.add(&row.queue, DeliveryState::Queued, row.bytes);
+        Ok(())
+    }
+
+    /// An operator's. It is kept in the file, so that a restart does not undo it.
+    pub(super) fn set_paused(&self, queue: &str, is_paused: bool) -> Result<(), StoreError> {
+        let name = format!("{PAUSED}{queue}");
+        let connection = &self.database.connection;
+        if is_paused {
+            let since = self.now.0.to_be_bytes();
+            let insert = "INSERT INTO meta VALUES (?1, ?2) ON CONFLICT DO NOTHING";
+            connection.prepare_cached(insert)?.execute(params![name, since])?;
+        } else {
+            connection.prepare_cached("DELETE FROM meta WHERE name = ?1")?.execute([name])?;
+        }
         Ok(())
     }
 

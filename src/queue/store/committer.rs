@@ -150,6 +150,9 @@ impl Committer {
                     jobs.remove(index).reply(Err(error))
                 }
                 (Some(Fault::Io | Fault::Corrupt), BatchError::Job(_, error) | BatchError::Commit(error)) => {
+                    // Known to all before a caller hears of it: verifying a large file takes a while.
+                    self.status.failure = Some(StoreFailure::Io(error.to_string()));
+                    self.shared.store(self.status.clone());
                     reply(jobs, &Err(StoreError::Failed(error.to_string())));
                     return self.recover(&error);
                 }
@@ -373,7 +376,7 @@ mod tests {
         let mut committer =
             Committer::open(&settings, SteadyClock::default(), SharedStatus::default()).unwrap();
         let insert = "INSERT INTO meta VALUES (?1, x'00')";
-        let State::Open(database) = &committer.state else { panic!("not open") };
+        let State::Open(database) = &mut committer.state else { panic!("not open") };
         database.connection.execute(insert, ["acknowledged"]).unwrap();
         // What a commit leaves in the log whose sync fails: without the hook its length is not noted.
         database.connection.wal_hook(Some(|_: &mut rusqlite::hooks::Wal, _| Ok(()))).unwrap();

@@ -81,6 +81,11 @@ impl OfflineStore {
         self.write(|batch| batch.drop_delivery(id))
     }
 
+    /// Notes that an operator has stopped the deliveries of a queue, or that they go on.
+    pub fn set_paused(&mut self, queue: &str, is_paused: bool) -> Result<(), StoreError> {
+        self.write(|batch| batch.set_paused(queue, is_paused))
+    }
+
     fn write<T>(
         &mut self,
         change: impl FnOnce(&mut Batch<'_>) -> Result<T, StoreError>,

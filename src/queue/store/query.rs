@@ -43,6 +43,9 @@ pub struct Filter {
     pub accepted_before: Option<UnixMillis>,
 }
 
+/// What begins the name of a queue in `meta` that an operator has stopped.
+pub(super) const PAUSED: &str = "paused:";
+
 const SUMMARY: &str =
     "SELECT id, seq, queue, identity, idempotency_key, order_key, state, reason, attempts, accepted,
                               next, ended, bytes, outcome.status, outcome.cause
@@ -113,6 +116,19 @@ impl Database {
             ],
             summary,
         )?;
+        Ok(rows.collect::<Result<_, _>>()?)
+    }
+
+    /// The queues that an operator has stopped, and since when.
+    pub(super) fn paused(&self) -> Result<Vec<(String, UnixMillis)>, StoreError> {
+        let mut statement =
+            self.connection.prepare_cached("SELECT name, value FROM meta WHERE name >= ?1 AND name < ?2")?;
+        // `;` follows `:`.
+        let rows = statement.query_map([PAUSED, "paused;"], |row| {
+            let (name, since): (String, Vec<u8>) = (row.get(0)?, row.get(1)?);
+            let since = since.first_chunk().copied().map(u64::from_be_bytes).unwrap_or_default();
+            Ok((name.strip_prefix(PAUSED).unwrap_or_default().to_owned(), UnixMillis(since)))
+        })?;
         Ok(rows.collect::<Result<_, _>>()?)
     }
 

@@ -221,7 +221,7 @@ async fn of_an_order_only_the_first_is_due() {
     assert_eq!(next.map(|due| due.id), Some(third.id));
     assert_eq!(due(&store).await, [other, third.id]);
     // Replayed, it waits for the one that took its place, which may be under way.
-    store.replay(first.id, NOON).await.unwrap();
+    assert_eq!(store.replay(vec![first.id], NOON, Duration::ZERO).await, Ok(1));
     assert_eq!(due(&store).await, [other, third.id]);
     let next = store.settle(third.id, Verdict::Done, None).await.unwrap();
     assert_eq!(next.map(|due| due.id), Some(first.id));
@@ -243,11 +243,11 @@ async fn operators_replay_and_drop() {
     let (store, _thread) = open(&in_memory());
     let id = accept(&store, new_delivery("1")).await;
     store.settle(id, Verdict::Wait { until: NOON + HOUR }, None).await.unwrap();
-    assert_eq!(store.replay(id, NOON).await, Err(StoreError::WrongState("waiting")));
+    assert_eq!(store.replay(vec![id], NOON, Duration::ZERO).await, Ok(0), "it is waiting");
     assert_eq!(store.drop_delivery(id).await, Ok(DeliveryState::Waiting));
     let found = store.find(id).await.unwrap();
     assert_eq!((found.state, found.reason), (DeliveryState::Dead, Some(DeadReason::Operator)));
-    store.replay(id, NOON).await.unwrap();
+    assert_eq!(store.replay(vec![id], NOON, Duration::ZERO).await, Ok(1));
     let found = store.find(id).await.unwrap();
     assert_eq!((found.state, found.attempts, found.reason), (DeliveryState::Queued, 0, None));
     store.settle(id, Verdict::Done, None).await.unwrap();
@@ -284,6 +284,24 @@ async fn what_is_over_expires_and_is_deleted() {
     let drop_oldest = Sweep { retention: Retention { dead, ..Retention::default() }, ..refuse };
     assert_eq!(store.sweep(drop_oldest).await.unwrap().dropped, 1);
     close((store, thread));
+}
+
+#[tokio::test]
+async fn a_queue_stays_paused_until_it_is_resumed() {
+    let directory = tempfile::tempdir().unwrap();
+    let opened = open(&on_disk(directory.path()));
+    for queue in ["orders", "orders.eu"] {
+        opened.0.set_paused(queue.to_owned(), true).await.unwrap();
+    }
+    close(opened);
+    let opened = open(&on_disk(directory.path()));
+    let store = &opened.0;
+    let names = async || store.paused().await.unwrap().into_iter().map(|(name, _)| name).collect::<Vec<_>>();
+    assert_eq!(names().await, ["orders", "orders.eu"]);
+    assert!(store.paused().await.unwrap().iter().all(|(_, since)| *since >= NOON));
+    store.set_paused("orders".to_owned(), false).await.unwrap();
+    assert_eq!(names().await, ["orders.eu"]);
+    close(opened);
 }
 
 /// Also long after the delivery was deleted, and after a restart.

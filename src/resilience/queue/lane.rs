@@ -42,6 +42,8 @@ pub(super) struct Lane {
     loading: bool,
     /// A delivery was left to the store while a read of it was under way: the read may not have seen it.
     missed: bool,
+    /// An operator has stopped it: begins nothing.
+    pub(super) held: bool,
     /// No longer configured: begins nothing.
     pub(super) removed: bool,
 }
@@ -95,6 +97,7 @@ impl Lane {
             has_more: true,
             loading: false,
             missed: false,
+            held: false,
             removed: false,
         }
     }
@@ -192,6 +195,7 @@ impl Lane {
 
     pub(super) fn next(&mut self, now: UnixMillis) -> LaneStep {
         if self.removed
+            || self.held
             || self.in_flight.len() >= self.policy.concurrency
             || self.settling.len() >= MAX_SETTLING
             || self.pause.as_ref().is_some_and(|pause| pause.probing)

@@ -66,6 +66,13 @@ impl Scheduler {
         self.drop_removed();
     }
 
+    /// The queues that an operator has stopped begin nothing; all others do.
+    pub fn hold(&mut self, is_held: impl Fn(&str) -> bool) {
+        for queue in &mut self.queues {
+            queue.held = is_held(&queue.name);
+        }
+    }
+
     pub fn next(&mut self, now: UnixMillis) -> Step {
         if let Some(queue) = self.queues.iter_mut().find(|queue| queue.needs_load()) {
             queue.begin_load();

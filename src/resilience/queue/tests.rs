@@ -1,7 +1,7 @@
 //! The scheduler beside a model of the store, in virtual time.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, HashMap},
     sync::Arc,
     time::Duration,
 };
@@ -10,7 +10,7 @@ use proptest::prelude::*;
 
 use super::{
     policy::{DeliveryOutcome, DeliveryPolicy},
-    scheduler::{Scheduler, Step, WINDOW},
+    scheduler::{Scheduler, Step},
     *,
 };
 use crate::{rng::Rng, units::HumanDuration};
@@ -27,18 +27,6 @@ struct Row {
     next: Option<UnixMillis>,
     attempts: u32,
     end: Option<Verdict>,
-}
-
-/// A delivery that was never attempted.
-fn due_now(seq: i64) -> DueDelivery {
-    DueDelivery {
-        id: DeliveryId::new(START, [seq as u8; 10]),
-        seq,
-        next: START,
-        since: START,
-        attempts: 0,
-        order_key: None,
-    }
 }
 
 /// The scheduler, the store, and a service.
@@ -320,6 +308,18 @@ fn a_rate_is_kept() {
 }
 
 #[test]
+fn a_queue_that_an_operator_stopped_begins_nothing() {
+    let mut world = World::new(&[("orders", DeliveryPolicy::default())], 8);
+    world.scheduler.hold(|name| name == "orders");
+    world.accept("orders", None);
+    world.run(MINUTE, |_, _, _| (response(200), Duration::from_millis(5)));
+    assert_eq!(world.ends(), BTreeMap::from([("pending", 1)]));
+    world.scheduler.hold(|_| false);
+    world.run(MINUTE, |_, _, _| (response(200), Duration::from_millis(5)));
+    assert_eq!(world.ends(), BTreeMap::from([("done", 1)]));
+}
+
+#[test]
 fn what_is_not_delivered_in_time_expires() {
     let policy = DeliveryPolicy { expires: HumanDuration::from_secs(600), ..DeliveryPolicy::default() };
     let mut world = World::new(&[("orders", policy)], 6);
@@ -330,74 +330,6 @@ fn what_is_not_delivered_in_time_expires() {
     world.accept("orders", None);
     world.run(MINUTE * 2, |_, _, _| (DOWN, Duration::from_millis(1)));
     assert_eq!(world.ends(), BTreeMap::from([("expired", 50), ("pending", 1)]));
-}
-
-#[test]
-fn a_hundred_thousand_queued_are_held_in_the_store() {
-    let policy = DeliveryPolicy { concurrency: 50, ..DeliveryPolicy::default() };
-    let mut scheduler = Scheduler::default();
-    scheduler.configure(vec![("orders".into(), policy)]);
-    let mut rng = Rng::from_seed(7);
-    let all: Vec<DueDelivery> = (0..100_000)
-        .map(|seq| DueDelivery { id: DeliveryId::new(START, rng.bytes()), ..due_now(seq) })
-        .collect();
-    for due in &all {
-        scheduler.offer("orders", due.clone());
-    }
-    let (mut done, mut loads): (BTreeSet<i64>, usize) = (BTreeSet::new(), 0);
-    loop {
-        assert!(scheduler.states().all(|state| state.held <= WINDOW));
-        match scheduler.next(START) {
-            Step::Deliver { queue, due, .. } => {
-                assert!(done.insert(due.seq), "{} twice", due.seq);
-                scheduler.finished((&queue, due.id), response(200), START, 0.5);
-                scheduler.settled(&queue, due.id, None);
-            }
-            Step::Load { queue, limit } => {
-                loads += 1;
-                assert!(limit <= WINDOW + 50);
-                // In order, so what is done is a prefix.
-                let found = all[done.len()..].iter().take(limit).cloned().collect();
-                scheduler.loaded(&queue, Some(found), limit);
-            }
-            Step::Expire { .. } => unreachable!(),
-            Step::Wait(_) => break,
-        }
-    }
-    assert_eq!(done.len(), all.len());
-    assert!((100..200).contains(&loads), "{loads} reads");
-}
-
-#[test]
-fn a_queue_that_is_no_longer_configured_ends_what_it_began() {
-    let mut scheduler = Scheduler::default();
-    scheduler.configure(vec![("orders".into(), DeliveryPolicy::default())]);
-    let due = due_now(1);
-    let Step::Load { queue, limit } = scheduler.next(START) else { panic!() };
-    scheduler.loaded(&queue, Some(vec![due.clone()]), limit);
-    assert!(matches!(scheduler.next(START), Step::Deliver { .. }));
-    assert!(!scheduler.remove("orders", due.id), "it is under way");
-    scheduler.configure(Vec::new());
-    assert_eq!(scheduler.next(START), Step::Wait(None));
-    assert_eq!(scheduler.finished(("orders", due.id), response(200), START, 0.5), Some(Verdict::Done));
-    scheduler.settled("orders", due.id, None);
-    assert_eq!(scheduler.states().count(), 0);
-    // A late report changes nothing.
-    assert_eq!(scheduler.finished(("orders", due.id), response(200), START, 0.5), None);
-}
-
-/// A delivery that is accepted while the store is being read is not forgotten.
-#[test]
-fn an_acceptance_during_a_read_is_seen() {
-    let mut scheduler = Scheduler::default();
-    scheduler.configure(vec![("orders".into(), DeliveryPolicy::default())]);
-    let Step::Load { queue, limit } = scheduler.next(START) else { panic!() };
-    scheduler.offer("orders", due_now(1));
-    // The read was made before.
-    scheduler.loaded(&queue, Some(Vec::new()), limit);
-    let Step::Load { queue, limit } = scheduler.next(START) else { panic!("the store is not read again") };
-    scheduler.loaded(&queue, Some(vec![due_now(1)]), limit);
-    assert!(matches!(scheduler.next(START), Step::Deliver { .. }));
 }
 
 proptest! {

@@ -49,7 +49,6 @@ fn only_what_asks_for_it_is_queued() {
     for (line, fields) in [
         ("POST /orders", ""),
         ("GET /orders", ASYNC),
-        ("HEAD /orders", ASYNC),
         ("OPTIONS /orders", ASYNC),
         ("POST /other", ASYNC),
         ("POST /orders", "Prefer: respond-async\r\ncontent-type: application/grpc\r\n"),
@@ -59,6 +58,10 @@ fn only_what_asks_for_it_is_queued() {
         assert_eq!((response.status(), response.field("x-service")), (200, Some("1")), "{line} {fields}");
         assert_eq!(response.field("preference-applied"), None);
     }
+    let mut client = RawClient::connect(proxy.outbound());
+    client.send(format!("HEAD /orders HTTP/1.1\r\nHost: payments\r\n{ASYNC}\r\n"));
+    let head = client.read_until(b"\r\n\r\n");
+    assert!(head.starts_with(b"HTTP/1.1 200"), "{}", String::from_utf8_lossy(&head));
 }
 
 #[test]

@@ -86,6 +86,7 @@ fn a_delivery_that_must_not_be_repeated_is_dead_when_it_is_cut_off() {
     proxy.wait();
     assert!(proxy.stderr().contains("deliveries were cut off"), "{}", proxy.stderr());
     drop(service);
+    eventually("the end of the service", || std::net::TcpListener::bind(address).is_ok());
     let service = Service::start_at(address, Duration::ZERO);
     let proxy = Proxy::start(text);
     eventually("the other delivery", || is_in_state(&proxy, &orders[1], "done"));

@@ -59,7 +59,7 @@ fn while_the_store_fails_nothing_is_accepted_or_sent_and_then_it_goes_on() {
     let refused = ask(&proxy, "POST /orders", ASYNC, "refused");
     assert_eq!((refused.status(), json(&refused)["cause"].as_str()), (503, Some("store_failed")));
     assert!(refused.field("retry-after").is_some());
-    assert_eq!(admin("/ready").status(), 503);
+    assert_eq!(admin("/ready").status(), 503, "{}", proxy.stderr());
     assert!(admin("/metrics").text().contains("\noutrigger_store_failed 1\n"));
     let service = Service::start_at(address, Duration::ZERO);
     // Each time after a second or more, in which a delivery could have begun.

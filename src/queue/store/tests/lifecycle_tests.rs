@@ -181,7 +181,7 @@ async fn a_clock_that_was_set_makes_nothing_wait_and_nothing_lost() {
     // A day later than it was accepted: expired is a dead letter, which an operator can replay.
     let swept = opened.0.sweep(sweep()).await.unwrap();
     assert_eq!(swept.expired, [second]);
-    opened.0.replay(second, opened.0.now()).await.unwrap();
+    opened.0.replay(vec![second], opened.0.now(), Duration::ZERO).await.unwrap();
     assert_eq!(due(&opened.0).await.len(), 2);
     close(opened);
 }
