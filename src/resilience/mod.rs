@@ -12,6 +12,7 @@ pub mod adaptive;
 pub mod backoff;
 pub mod breaker;
 pub mod budget;
+pub mod cache;
 pub mod classify;
 pub mod deadline;
 pub mod fallback;
