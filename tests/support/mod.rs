@@ -29,7 +29,7 @@ use socket2::{Domain, Socket, Type};
 pub use dns::Dns;
 pub use proxy::{Launch, Proxy, binary, binary_for_any_user, signal};
 pub use raw::{RawClient, RawServer};
-pub use tools::{Daemon, has_tool, peer_script, python_with, skip, tool};
+pub use tools::{Daemon, has_folder, has_tool, peer_script, python_with, skip, tool};
 pub use upstream::{Upstream, UpstreamResponse, text};
 
 /// How long anything that must happen may take on a slow and busy machine.

@@ -40,15 +40,38 @@ pub fn tool(name: &str) -> Option<PathBuf> {
 #[track_caller]
 pub fn has_tool(names: &[&str]) -> bool {
     let missing: Vec<&str> = names.iter().copied().filter(|name| tool(name).is_none()).collect();
+    if missing.is_empty() {
+        return true;
+    }
     let why = format!("{} not installed", missing.join(", "));
-    // What `.ci/run` could not install and has reported.
-    let excused = std::env::var("OUTRIGGER_WITHOUT").unwrap_or_default();
-    match missing[..] {
-        [] => return true,
-        [one] if one == excused => report_skipped(&why),
-        _ => skip(&why),
+    if missing.iter().all(|name| is_excused(name)) {
+        report_skipped(&why)
+    } else {
+        skip(&why)
     }
     false
+}
+
+/// Whether `.ci/run` could not install it and has reported that.
+fn is_excused(name: &str) -> bool {
+    let excused = std::env::var("OUTRIGGER_WITHOUT").unwrap_or_default();
+    excused.split_whitespace().any(|one| one == name)
+}
+
+/// A folder that `.ci/tools` installs; if there is none, reports that the test is skipped.
+#[track_caller]
+pub fn has_folder(name: &str) -> Option<PathBuf> {
+    let folder = installed().join(name);
+    if folder.is_dir() {
+        return Some(folder);
+    }
+    let why = format!("{name} not installed");
+    if is_excused(name) {
+        report_skipped(&why)
+    } else {
+        skip(&why)
+    }
+    None
 }
 
 /// The Python that has this module; if there is none, reports that the test is skipped.
