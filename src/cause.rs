@@ -33,6 +33,8 @@ pub enum Cause {
     Draining,
     /// This machine has no port, descriptor, buffer or route left.
     LocalResource,
+    /// `only-if-cached`, and nothing is stored.
+    NotCached,
     /// The store of the queues, or its disk, is full.
     StoreFull,
     /// The store of the queues cannot be written to.
@@ -71,7 +73,7 @@ pub enum GrpcCode {
 }
 
 impl Cause {
-    pub const ALL: [Self; 32] = [
+    pub const ALL: [Self; 33] = [
         Self::DnsFailure,
         Self::DnsTimeout,
         Self::DeniedNetwork,
@@ -97,6 +99,7 @@ impl Cause {
         Self::FaultInjected,
         Self::Draining,
         Self::LocalResource,
+        Self::NotCached,
         Self::StoreFull,
         Self::StoreFailed,
         Self::BodyTooLarge,
@@ -292,6 +295,13 @@ impl Cause {
                 ResourceExhausted,
                 "proxy_internal_error",
                 "The proxy has no port, descriptor or route left",
+            ),
+            Self::NotCached => info(
+                "not_cached",
+                TIMEOUT,
+                Unavailable,
+                "http_request_error",
+                "No stored response can be used",
             ),
             Self::StoreFull => info(
                 "store_full",

@@ -18,6 +18,7 @@
 //! | [`resilience`] | the decisions: retry, budget, breaker, outlier detection, limits, hedging. State machines without clock, randomness or I/O |
 //! | [`authorization`] | `[[inbound.allow]]`: SPIFFE IDs, paths and claims against one request |
 //! | [`queue`] | durable deliveries: the store, on disk |
+//! | [`cache`] | stored responses, and requests that wait for one fetch |
 //! | [`config`] | text to a checked configuration that knows which line set what |
 //! | [`fetch`], [`redirect`] | HTTP requests of the proxy itself · kernel rules that redirect a pod's traffic |
 //! | [`identity`] | certificates, trust, TLS, tokens |
@@ -48,6 +49,7 @@
 
 pub mod admin;
 pub mod authorization;
+pub mod cache;
 pub mod cause;
 pub mod cli;
 pub mod config;

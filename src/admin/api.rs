@@ -14,7 +14,9 @@ use http::{
 use http_body::Body;
 use http_body_util::{BodyExt, Full};
 
-use super::{breaker, deliveries, host_check, probes::Probes, reload, status::Status, token::AdminToken};
+use super::{
+    breaker, cache, deliveries, host_check, probes::Probes, reload, status::Status, token::AdminToken,
+};
 use crate::{
     admin::exposition::{self, ExpositionFormat},
     redact::redact_userinfo,
@@ -81,6 +83,7 @@ const fn read(path: &'static str, probe: bool, handler: Immediate) -> Route {
     Route { method: Method::GET, path, probe, protected: false, handler: Handler::Immediate(handler) }
 }
 
+/// Needs the token, as all changes do.
 const fn change(method: Method, path: &'static str, handler: Immediate) -> Route {
     Route { method, path, probe: false, protected: true, handler: Handler::Immediate(handler) }
 }
@@ -100,6 +103,9 @@ const ROUTES: &[Route] = &[
     change(Method::POST, "/upstreams/NAME/breaker", |control, parts, body| {
         breaker::force(control, breaker::upstream_from_path(parts.uri.path()).unwrap_or_default(), body)
     }),
+    // URLs may hold private data.
+    change(Method::GET, cache::LIST_PATH, |control, _, _| cache::list(control)),
+    change(Method::POST, cache::PURGE_PATH, |control, _, body| cache::purge(control, body)),
     deferred(Method::GET, "/deliveries", |control, parts, _| Box::pin(deliveries::list(control, parts))),
     deferred(Method::GET, "/deliveries/NAME", |control, parts, _| Box::pin(deliveries::show(control, parts))),
     deferred(Method::POST, "/deliveries/replay", |control, _, body| {

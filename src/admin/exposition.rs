@@ -64,6 +64,7 @@ impl Collector for MetricsCollector {
         fetches(&mut encoder, &self.0.shared.snapshot.load())?;
         self.spans(&mut encoder)?;
         self.access_log(&mut encoder)?;
+        self.cache(&mut encoder)?;
         let control = &self.0;
         queues::encode(&mut encoder, &control.shared)?;
         let upstreams = upstreams::UpstreamRows::of(&control.shared);
@@ -72,6 +73,21 @@ impl Collector for MetricsCollector {
 }
 
 impl MetricsCollector {
+    fn cache(&self, encoder: &mut DescriptorEncoder) -> fmt::Result {
+        let snapshot = self.0.shared.snapshot.load();
+        let Some(store) = &snapshot.cache else { return Ok(()) };
+        let bytes = i64::try_from(store.bytes()).unwrap_or(i64::MAX);
+        single(
+            encoder,
+            "outrigger_cache_bytes",
+            "Memory of stored responses",
+            None,
+            &ConstGauge::new(bytes),
+        )?;
+        let help = "Stored responses that were dropped for others";
+        single(encoder, "outrigger_cache_evictions", help, None, &ConstCounter::new(store.evictions()))
+    }
+
     fn connections(&self, encoder: &mut DescriptorEncoder) -> fmt::Result {
         let shared = &self.0.shared;
         let metrics = &shared.metrics;

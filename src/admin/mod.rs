@@ -4,6 +4,7 @@
 
 mod api;
 pub mod breaker;
+pub mod cache;
 pub mod client;
 pub mod deliveries;
 pub mod exposition;

@@ -12,6 +12,7 @@ pub use self::{
     reporting::{AccessLogStatus, TracesStatus, TroubledRequest},
 };
 use super::{
+    cache::CacheStatus,
     queues::{self, QueueStatus, StoreReport},
     token_status::JwksStatus,
     upstreams::UpstreamStatus,
@@ -71,6 +72,9 @@ pub struct Status {
     pub store: Option<StoreReport>,
     #[serde(default)]
     pub access_log: AccessLogStatus,
+    /// Stored responses; absent if no route has a cache.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cache: Option<CacheStatus>,
     /// The last requests that failed or needed more than one attempt, the latest first; `GET /requests` has more.
     #[serde(default)]
     pub trouble: Vec<TroubledRequest>,
@@ -234,6 +238,7 @@ impl Status {
                 &control.shared.request_telemetry,
                 snapshot.config.telemetry.access_log,
             ),
+            cache: snapshot.cache.as_deref().map(CacheStatus::of),
             trouble: TroubledRequest::last(&control.shared.request_telemetry),
         }
     }

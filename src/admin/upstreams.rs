@@ -32,6 +32,9 @@ pub struct UpstreamStatus {
     pub retries: BTreeMap<String, u64>,
     /// Requests rejected by the proxy, by reason; zeros are omitted.
     pub rejected: BTreeMap<String, u64>,
+    /// Requests of routes with a cache, by where the response came from; zeros are omitted.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub cache: BTreeMap<String, u64>,
     /// The token for its requests, with `oauth2`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub token: Option<TokenStatus>,
@@ -122,6 +125,7 @@ impl UpstreamStatus {
             }),
             retries: nonzero(&policy_state.counters.retries),
             rejected: nonzero(&policy_state.counters.rejected),
+            cache: nonzero(&policy_state.counters.cache),
             token: cluster.token.as_deref().map(TokenStatus::of),
         }
     }

@@ -1,5 +1,6 @@
 //! `outrigger explain METHOD URL`
 
+mod cache;
 mod explanation;
 mod inbound;
 mod request;

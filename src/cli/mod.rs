@@ -1,6 +1,7 @@
 //! The command line: one file per command.
 
 mod admin_client;
+mod cache;
 mod certs;
 mod check;
 mod completions;
@@ -58,6 +59,7 @@ enum Command {
     Certs(certs::CertsArgs),
     Status(status::StatusArgs),
     Set(set::SetArgs),
+    Cache(cache::CacheArgs),
     Drain(drain::DrainArgs),
     Reload(reload::ReloadArgs),
     Queue(queue::QueueArgs),
@@ -99,6 +101,7 @@ pub fn main() -> ExitCode {
         Command::Certs(args) => certs::run(&args),
         Command::Status(args) => status::run(&args),
         Command::Set(args) => set::run(args),
+        Command::Cache(args) => cache::run(args),
         Command::Drain(args) => drain::run(&args),
         Command::Reload(args) => reload::run(&args),
         Command::Queue(args) => queue::run(&args),

@@ -17,7 +17,7 @@ use crate::{
         status::{AccessLogStatus, ServiceAddressesStatus, Status, TracesStatus, UnknownHostsStatus},
         upstreams::{BreakerStatus, UpstreamStatus},
     },
-    units::HumanDuration,
+    units::{ByteSize, HumanDuration},
 };
 
 const REFRESH: Duration = Duration::from_secs(2);
@@ -159,6 +159,7 @@ fn write_status(out: &mut String, status: &Status) -> std::fmt::Result {
 
     write_entry_points(out, status)?;
     write_upstreams(out, status)?;
+    write_cache(out, status)?;
     write_queues(out, status)?;
     write_problems(out, status)
 }
@@ -263,6 +264,23 @@ fn write_upstreams(out: &mut String, status: &Status) -> std::fmt::Result {
         let valid = token.good_for_seconds.map(|left| format!("valid for {}", seconds(left)));
         let error = token.error.as_deref().unwrap_or_default();
         rows.push(row([name, valid.as_deref().unwrap_or("none"), error]));
+    }
+    if rows.len() > 1 { table(out, &rows) } else { Ok(()) }
+}
+
+fn write_cache(out: &mut String, status: &Status) -> std::fmt::Result {
+    let Some(cache) = &status.cache else { return Ok(()) };
+    // Whole KiB are easier to read.
+    let (bytes, max_bytes) = (ByteSize(cache.bytes.next_multiple_of(1024)), ByteSize(cache.max_bytes));
+    writeln!(out, "\ncache: {} keys, {bytes} of {max_bytes}, {} dropped", cache.keys, cache.evictions)?;
+    if cache.waiting > 0 {
+        writeln!(out, "  {} requests wait for a response that is being fetched", cache.waiting)?;
+    }
+    let mut rows = vec![row(["UPSTREAM", "CACHE RESULTS"])];
+    for upstream in status.upstreams.iter().chain(&status.unknown.hosts).chain([&status.inbound]) {
+        if !upstream.cache.is_empty() {
+            rows.push(row([&upstream.name, &counts(&upstream.cache)]));
+        }
     }
     if rows.len() > 1 { table(out, &rows) } else { Ok(()) }
 }

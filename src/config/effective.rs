@@ -1,10 +1,12 @@
 //! The effective configuration as a tree, without secrets.
 
+use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use crate::{
     config::Config,
     redact::{REDACTED, is_credential_name, redact_secrets, redact_userinfo},
+    resilience::cache::AuthorizationRule,
 };
 
 /// Every section with every key, defaults included. Unset keys are omitted.
@@ -44,6 +46,11 @@ fn clean(value: &mut Value, concealed: &[String]) {
 /// Names of lists in the code (left) and of the table in the file (right).
 const FILE_NAMES: &[(&str, &str)] = &[("ports", "port"), ("routes", "route"), ("matches", "match")];
 
+/// `authorization` of a cache takes a word, not a credential.
+fn is_authorization_rule(value: &Value) -> bool {
+    AuthorizationRule::deserialize(value).is_ok()
+}
+
 fn clean_map(map: &mut Map<String, Value>, concealed: &[String]) {
     map.retain(|_, value| !value.is_null());
     // Policy keys are on the same level as the other keys.
@@ -57,7 +64,7 @@ fn clean_map(map: &mut Map<String, Value>, concealed: &[String]) {
         }
     }
     for (key, value) in map {
-        if value.is_string() && is_credential_name(key) {
+        if value.is_string() && is_credential_name(key) && !is_authorization_rule(value) {
             *value = REDACTED.into();
         } else {
             clean(value, concealed);

@@ -6,8 +6,9 @@ use serde::{Deserialize, Serialize};
 pub use crate::resilience::deadline::AttemptTimeout;
 use crate::{
     resilience::{
-        breaker::BreakerSettings, fallback::FallbackSettings, fault::FaultSettings, hedge::HedgeSettings,
-        limit::LimitSettings, outlier::OutlierSettings, rate::RateSettings, retry::RetrySettings,
+        breaker::BreakerSettings, cache::CacheSettings, fallback::FallbackSettings, fault::FaultSettings,
+        hedge::HedgeSettings, limit::LimitSettings, outlier::OutlierSettings, rate::RateSettings,
+        retry::RetrySettings,
     },
     units::{HumanDuration, Toggle},
 };
@@ -44,6 +45,8 @@ pub struct Policy {
     pub fault: Toggle<FaultSettings>,
     /// The response when breaker, timeout or retries are exhausted.
     pub fallback: Toggle<FallbackSettings>,
+    /// Stored responses.
+    pub cache: Toggle<CacheSettings>,
     /// Whether a route (not the upstream or the defaults) sets `timeout` / `attempt_timeout`: for gRPC only those
     /// apply.
     #[serde(skip)]
@@ -73,6 +76,7 @@ impl Default for Policy {
             hedge: Toggle::off(),
             fault: Toggle::off(),
             fallback: Toggle::off(),
+            cache: Toggle::off(),
             route_sets_timeout: false,
             route_sets_attempt_timeout: false,
             sets_request_limits: false,

@@ -13,7 +13,7 @@ use super::{
     node::{Node, NodeEntry, Value},
     source::Origin,
 };
-use crate::redact::SECRET_TYPE_NAME;
+use crate::redact::{REDACTED, SECRET_TYPE_NAME, is_credential_name};
 
 /// Reads a value and reports what is invalid; `None` if no value can be made of the rest.
 ///
@@ -126,6 +126,13 @@ impl Error {
             && self.id == id(node)
         {
             *hint = hints::suggest_value(key, node);
+        }
+        // A credential, written where a key takes one of several words.
+        if let ErrorKind::UnknownWord { word, .. } = &mut self.kind
+            && self.id == id(node)
+            && is_credential_name(key)
+        {
+            *word = REDACTED.to_owned();
         }
         self
     }

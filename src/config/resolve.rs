@@ -39,7 +39,7 @@ pub(super) const SECTIONS: [&str; 11] = [
 ];
 
 /// The keys of [`Policy`].
-pub(super) const POLICY_KEYS: [&str; 14] = [
+pub(super) const POLICY_KEYS: [&str; 15] = [
     "connect_timeout",
     "timeout",
     "attempt_timeout",
@@ -54,6 +54,7 @@ pub(super) const POLICY_KEYS: [&str; 14] = [
     "hedge",
     "fault",
     "fallback",
+    "cache",
 ];
 
 /// `[inbound]` without its policy keys, as written.

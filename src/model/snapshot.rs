@@ -1,12 +1,19 @@
 //! The configuration as the data path uses it: prepared once, replaced as a whole on reload.
 
-use std::{collections::HashMap, net::IpAddr, sync::Arc, time::Instant};
+use std::{
+    collections::HashMap,
+    hash::{DefaultHasher, Hash, Hasher},
+    net::IpAddr,
+    sync::Arc,
+    time::Instant,
+};
 
 use rustls_pki_types::ServerName;
 
 use tokio::runtime::Handle;
 
 use crate::{
+    cache::Store,
     config::{
         self, Config, Endpoints, ForwardedHeaders, HeaderEdits, HostMatch, HostPort, ObservablePolicy, Policy,
     },
@@ -47,6 +54,8 @@ pub struct Snapshot {
     pub inbound: Arc<Cluster>,
     /// Authorization of inbound requests; `None`: not configured.
     pub gate: Option<AccessPolicy>,
+    /// Stored responses; `None`: no route has a cache.
+    pub cache: Option<Arc<Store>>,
 }
 
 impl Snapshot {
@@ -82,6 +91,8 @@ pub struct Cluster {
     pub queue_routes: Vec<Option<QueueRoute>>,
     /// Whether its addresses are resolved rather than written in the configuration: then `deny_networks` applies.
     pub is_resolved: bool,
+    /// What each route makes of a request and its response, likewise, as a number: a stored response belongs to it.
+    route_fingerprints: Vec<u64>,
     /// The OAuth 2 token that every request to it carries.
     pub token: Option<Arc<UpstreamToken>>,
     /// TLS towards its endpoints.
@@ -154,6 +165,7 @@ impl Cluster {
         upstream.policy_state.configure(&settings.policy, now);
         let looked_up = !matches!(&settings.endpoints, Endpoints::Fixed(list) if list.iter().all(|e| e.socket_addr().is_some()));
         let tls = client.map(|client| ClusterTls::new(&settings, client));
+        let route_fingerprints = settings.routes.iter().map(route_fingerprint).collect();
         Self {
             settings,
             upstream,
@@ -165,13 +177,27 @@ impl Cluster {
             route_to,
             queue_routes: Vec::new(),
             is_resolved: looked_up,
+            route_fingerprints,
             token: None,
             tls,
         }
     }
 }
 
+/// A number for what a route makes of a request and its response.
+fn route_fingerprint(route: &config::Route) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    let (edits, response_edits) = (&route.request_headers, &route.response_headers);
+    format!("{:?} {:?} {edits:?} {response_edits:?}", route.matches, route.path_rewrite).hash(&mut hasher);
+    hasher.finish()
+}
+
 impl Cluster {
+    /// A number for what `route` makes of a request and its response; 0 without a route.
+    pub fn route_fingerprint(&self, route: Option<usize>) -> u64 {
+        route.and_then(|route| self.route_fingerprints.get(route)).copied().unwrap_or(0)
+    }
+
     /// The policy of a request that matched `route`.
     pub fn policy(&self, route: Option<usize>) -> (&Policy, &RetryPolicy) {
         let of_route = route.and_then(|index| {
@@ -196,6 +222,7 @@ impl Cluster {
                     policy.sets_request_limits && policy.limits.is_some() && acts(ObservablePolicy::Limits),
                 ),
                 ("fault", policy.fault.is_some() && acts(ObservablePolicy::Fault)),
+                ("cache", policy.cache.is_some()),
             ]
             .into_iter()
             .find_map(|(key, in_force)| in_force.then_some(key))
@@ -231,10 +258,21 @@ impl Cluster {
         self.settings.policy.breaker.is_some() || routes.any(|route| route.policy.breaker.is_some())
     }
 
+    /// Whether its policy or any route's has a cache.
+    pub fn has_cache(&self) -> bool {
+        let mut routes = self.settings.routes.iter();
+        self.settings.policy.cache.is_some() || routes.any(|route| route.policy.cache.is_some())
+    }
+
     /// The rate limit of a request that matched `route`.
     pub fn rate_limit(&self, route: Option<usize>) -> Option<&Arc<RateLimit>> {
         route.and_then(|route| self.route_rates.get(route)).unwrap_or(&self.rate).as_ref()
     }
+}
+
+/// The memory that a policy gives the store.
+fn cache_bytes(policy: &Policy) -> Option<u64> {
+    policy.cache.as_ref().map(|cache| *cache.max_bytes)
 }
 
 /// The upstreams and the tasks that keep them current. Lives on the control thread.
@@ -247,6 +285,7 @@ pub struct Clusters {
     inbound: RunningUpstream,
     /// The keys of `[inbound.jwt]`.
     issuer: Option<jwt::issuer::KeyRefresher>,
+    cache: Option<Arc<Store>>,
 }
 
 #[derive(Debug)]
@@ -349,7 +388,8 @@ impl Clusters {
         let inbound =
             RunningUpstream::start(&settings, &resolver, Upstream::new(settings.name.as_str()), None);
         let fetcher = Fetcher::new(Arc::clone(&resolver));
-        let mut clusters = Self { resolver, fetcher, identity, live: HashMap::new(), inbound, issuer: None };
+        let mut clusters =
+            Self { resolver, fetcher, identity, live: HashMap::new(), inbound, issuer: None, cache: None };
         let snapshot = clusters.rebuild(config);
         (clusters, snapshot)
     }
@@ -395,7 +435,26 @@ impl Clusters {
         inbound.queue_routes = queue_routes(&config.inbound.routes, &config);
         let inbound = Arc::new(inbound);
         let gate = self.gate(&config);
-        Snapshot { router: Router::new(&config), clusters, inbound, gate, config }
+        let cache = self.cache(&config);
+        Snapshot { router: Router::new(&config), clusters, inbound, gate, cache, config }
+    }
+
+    /// The store, with what it has. Without a route that uses it there is none.
+    fn cache(&mut self, config: &Config) -> Option<Arc<Store>> {
+        let of_upstream = |upstream: &config::Upstream| {
+            let routes = upstream.routes.iter().map(|route| cache_bytes(&route.policy));
+            routes.chain([cache_bytes(&upstream.policy)]).flatten().max()
+        };
+        let all = [cache_bytes(&config.defaults), cache_bytes(&config.inbound.policy)];
+        let max_bytes = config.upstreams.iter().map(of_upstream).chain(all).flatten().max();
+        self.cache = max_bytes.map(|max_bytes| match self.cache.take() {
+            Some(store) => {
+                store.resize(max_bytes);
+                store
+            }
+            None => Arc::new(Store::new(max_bytes)),
+        });
+        self.cache.clone()
     }
 
     /// Keeps the issuer's keys where their source did not change.

@@ -129,9 +129,14 @@ fn add_retry_advice(exchange: &Exchange<'_>, response: &mut Response<()>, presen
     }
 }
 
+/// Marks a response that a fallback gave, in its extensions: it is not what the upstream would have sent.
+#[derive(Clone, Copy, Debug)]
+pub struct FromFallback;
+
 /// The configured fallback response. Its `Proxy-Status` says that it is one.
 pub fn fallback_response(settings: &FallbackSettings, deployment: &str, why: &str) -> Response<ResponseBody> {
     let mut response = Response::new(ResponseBody::whole(settings.body.clone()));
+    response.extensions_mut().insert(FromFallback);
     *response.status_mut() = StatusCode::from_u16(settings.status).unwrap_or(StatusCode::OK);
     if let Ok(value) = HeaderValue::try_from(settings.content_type.as_str()) {
         response.headers_mut().insert(CONTENT_TYPE, value);

@@ -23,10 +23,12 @@ use super::{
     admission,
     attempt::{AttemptError, Outgoing, UpstreamResponse},
     body::{ClientBody, Replay, ResponseBody},
+    cached::standby::Failure,
     clock::{Clock, RequestTimeouts},
     connection::Upgrade,
     credentials::{self, ClientAuthorization},
-    deliver, endpoints,
+    deliver::{self, FromFallback},
+    endpoints,
     error::ProxyError,
     head::{self, HeadFormat},
     interim::InterimQueue,
@@ -118,11 +120,18 @@ pub async fn run(
     if view.snapshot.config.runtime.observe.contains(&ObservablePolicy::Timeout) {
         note_overrun(target, timeouts(policy, context.grpc, false), origin.progress);
     }
+    if let Some(standby) = origin.stale
+        && let Some(failure) = replaceable(&result)
+    {
+        recycle_header_map(state.outgoing.headers);
+        drop(result);
+        return Ok(standby.respond(origin, failure));
+    }
     if let Some(fallback) = &policy.fallback.0
         && let Some(reason) = failure(&result)
     {
         let Some(other) = &fallback.upstream else {
-            origin.progress.with_record(|record| record.fallback_cause = Some(reason));
+            origin.progress.with_record(|record| record.replaced_cause = Some(reason));
             return Ok(deliver::fallback_response(fallback, &view.proxy_names.deployment, reason));
         };
         if let Some(other) = target::by_name(view, other)
@@ -130,12 +139,14 @@ pub async fn run(
         {
             // Its connection and its permit are not needed any more.
             drop(result);
-            origin.progress.with_record(|record| record.fallback_cause = Some(reason));
+            origin.progress.with_record(|record| record.replaced_cause = Some(reason));
             // Boxed, as every path that few requests take.
             return Box::pin(async move {
                 let (context, client) = prepare_fallback(context, &other, &mut state, client)?;
                 let (exchange, result) = serve(&context, &other, &mut state).await?;
-                into_client_response(&exchange, result, client)
+                let mut response = into_client_response(&exchange, result, client)?;
+                response.extensions_mut().insert(FromFallback);
+                Ok(response)
             })
             .await;
         }
@@ -209,6 +220,15 @@ fn failure(result: &Result<(Exchange<'_>, AttemptResult), ProxyError>) -> Option
         Err(error) => error,
     };
     error.cause.is_exhaustion().then(|| error.cause.word())
+}
+
+/// The failure that a stale response may replace, if it is one.
+fn replaceable(result: &Result<(Exchange<'_>, AttemptResult), ProxyError>) -> Option<Failure> {
+    match result {
+        Ok((_, AttemptResult::Response(response, _))) => Failure::of_status(response.head.status()),
+        Ok((_, AttemptResult::Failed(failed))) => Failure::of_error(&failed.error),
+        Err(error) => Failure::of_error(error),
+    }
 }
 
 /// Prepares the request for the fallback's upstream, which may take another protocol.

@@ -15,6 +15,7 @@ mod attempt;
 mod attempts;
 mod authorize;
 pub mod body;
+pub mod cached;
 mod clock;
 mod connect_method;
 pub mod connection;

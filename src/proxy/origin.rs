@@ -10,6 +10,7 @@ use http::HeaderValue;
 use tokio::time::Instant;
 
 use super::{
+    cached::standby::StaleStandby,
     connection::Connection,
     progress::{Progress, poll_watched},
 };
@@ -23,7 +24,7 @@ use crate::{model::View, proxy::worker::Worker};
 pub struct Origin<'a> {
     pub worker: &'a Rc<Worker>,
     /// The configuration that the request began with.
-    pub view: &'a View,
+    pub view: &'a Rc<View>,
     /// The request's movement, and its record with the trace that it belongs to.
     pub progress: &'a Rc<Progress>,
     pub side: &'a Side,
@@ -37,13 +38,15 @@ pub struct Origin<'a> {
     pub deadline: Option<Instant>,
     /// The client's connection, for interim responses and upgrades; none where no client waits on one.
     pub client: Option<&'a Rc<Connection>>,
+    /// A stored response that may stand in for a failure.
+    pub stale: Option<&'a StaleStandby>,
     /// Attempts that other exchanges made for the same delivery: `x-outrigger-attempt` counts them too.
     pub earlier_attempts: u32,
 }
 
 impl<'a> Origin<'a> {
     /// A client's request.
-    pub fn of(connection: &'a Rc<Connection>, view: &'a View, progress: &'a Rc<Progress>) -> Self {
+    pub fn of(connection: &'a Rc<Connection>, view: &'a Rc<View>, progress: &'a Rc<Progress>) -> Self {
         Self {
             worker: &connection.worker,
             view,
@@ -54,6 +57,7 @@ impl<'a> Origin<'a> {
             is_tls: connection.tls,
             deadline: None,
             client: Some(connection),
+            stale: None,
             earlier_attempts: 0,
         }
     }

@@ -30,8 +30,8 @@ pub use accept::why_not_queued;
 
 use super::{
     body::{ClientBody, ResponseBody},
+    cached,
     error::ProxyError,
-    exchange,
     origin::Origin,
     target::RouteTarget,
 };
@@ -301,7 +301,7 @@ pub async fn serve(
             accept::Intake { origin, target, route, present }.serve(request).await
         }
         Some(QueueRoute::Deliveries) => resource::serve(origin, request).await,
-        None => exchange::run(origin, target, request, present).await,
+        None => cached::forward(origin, target, request, present).await,
     }
 }
 

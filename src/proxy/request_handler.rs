@@ -17,6 +17,7 @@ use tokio::time::Instant;
 use super::{
     authorize,
     body::{ClientBody, ResponseBody},
+    cached::{self, CachedRoute, respond::Note},
     connect_method,
     connection::Connection,
     error::{ErrorContext, ProxyError, respond},
@@ -102,7 +103,10 @@ fn error_response(
             next_hop,
             grpc,
         };
-        let response = respond(error, &context);
+        let mut response = respond(error, &context);
+        if let Some(cache) = record.cache {
+            Note::of_error(cache).append(response.headers_mut(), context.deployment);
+        }
         record.local_response = Some(LocalResponse { cause: error.cause, detail: error.detail.clone() });
         if error.cause == Cause::Malformed && record.served_by.is_none() {
             count_malformed(connection, &view);
@@ -157,7 +161,7 @@ fn record_response(
         record.response_head_at = Some(now);
     });
     match response.body() {
-        ResponseBody::Streaming(_) => {}
+        ResponseBody::Streaming(_) | ResponseBody::Shared(_) => {}
         body => {
             let bytes = body.size_hint().exact().unwrap_or(0);
             progress.with_record(|record| record.bytes_out = bytes);
@@ -237,7 +241,7 @@ fn open_record(
 
 async fn check_and_forward(
     connection: &Rc<Connection>,
-    view: &View,
+    view: &Rc<View>,
     request: &mut Request<ClientBody>,
     present: FieldSet,
     progress: &Rc<Progress>,
@@ -276,7 +280,11 @@ async fn check_and_forward(
         // Boxed, as every path that few requests take.
         return Box::pin(queue::serve(&origin, &target, request, present)).await;
     }
-    let response = exchange::run(&origin, &target, request, present).await;
+    let response = match CachedRoute::of(&origin, &target) {
+        // Boxed, so that routes without a cache do not hold its memory.
+        Some(route) => Box::pin(cached::run(route, request, present)).await,
+        None => exchange::run(&origin, &target, request, present).await,
+    };
     if let Err(error) = &response
         && error.cause == Cause::Malformed
     {

@@ -16,7 +16,7 @@ use crate::{
 const HTTP_PORT: u16 = 80;
 
 /// The upstream of a request, the route within it, and how the client chose it.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct RouteTarget {
     /// The upstream that the request is sent to.
     pub serving: Rc<WorkerCluster>,

@@ -4,6 +4,8 @@
 //! reach, so a successful request allocates nothing for it. Spans, metrics, access log and `/requests` are all made of
 //! it, in `record_request` of `src/proxy/finish.rs`.
 
+mod attempts;
+
 use std::{
     net::{IpAddr, SocketAddr},
     sync::Arc,
@@ -13,23 +15,12 @@ use std::{
 use http::{HeaderMap, Method, StatusCode, Version};
 use tokio::time::Instant;
 
+pub use self::attempts::{AttemptRecord, AttemptRecords};
 use super::{metrics::EntryPoint, spans::SpanRequest};
 use crate::{
-    cause::Cause,
-    delivery_id::DeliveryId,
-    durations::SeriesKey,
-    identity::Peer,
-    model::Destination,
-    resilience::{
-        breaker::BreakerState,
-        classify::{AttemptOutcome, GrpcStatus},
-        retry::AttemptKind,
-    },
-    trace_context::{SpanId, TraceContext},
+    cause::Cause, delivery_id::DeliveryId, durations::SeriesKey, identity::Peer, model::Destination,
+    resilience::classify::GrpcStatus, trace_context::TraceContext,
 };
-
-/// Attempts of a request that are recorded one by one; further ones are only counted.
-pub const MAX_RECORDED_ATTEMPTS: usize = 16;
 
 /// A request, from its head to the last byte of its response.
 #[derive(Debug)]
@@ -62,8 +53,10 @@ pub struct RequestRecord {
     pub breaker_window: Option<(u32, u32)>,
     /// Set where the proxy responded in place of the service.
     pub local_response: Option<LocalResponse>,
-    /// The cause of the failure that the configured fallback replaced.
-    pub fallback_cause: Option<&'static str>,
+    /// The cause of the failure that the configured fallback replaced, or a stale response.
+    pub replaced_cause: Option<&'static str>,
+    /// Where the response came from, on a route with a cache.
+    pub cache: Option<CacheResult>,
     /// The delivery that it was accepted as, or is an attempt of. Boxed: few requests have one.
     pub delivery: Option<Box<DeliveryId>>,
     /// The status that the client got.
@@ -80,6 +73,34 @@ pub struct RequestRecord {
     pub bytes_in: u64,
     /// Bytes of the response body.
     pub bytes_out: u64,
+}
+
+/// Where the response of a request came from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CacheResult {
+    /// The store, fresh.
+    Hit,
+    /// The upstream.
+    Miss,
+    /// The store, stale.
+    Stale,
+    /// The store, after the upstream confirmed it.
+    Revalidated,
+    /// The upstream, as the cache had no part in it.
+    Bypass,
+}
+
+impl CacheResult {
+    /// A stable word, for metrics, spans and logs.
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Hit => "hit",
+            Self::Miss => "miss",
+            Self::Stale => "stale",
+            Self::Revalidated => "revalidated",
+            Self::Bypass => "bypass",
+        }
+    }
 }
 
 /// A response that the proxy made itself (a local reply).
@@ -112,109 +133,6 @@ impl RequestEnd {
             Self::ClientGone => "caller_gone",
             Self::Broken => "broken",
             Self::Cut => "cut",
-        }
-    }
-}
-
-/// One attempt of a request.
-#[derive(Clone, Debug)]
-pub struct AttemptRecord {
-    pub reason: AttemptKind,
-    pub span: SpanId,
-    pub endpoint: SocketAddr,
-    /// HTTP version towards the endpoint.
-    pub version: Version,
-    /// Sent over TLS.
-    pub tls: bool,
-    pub started_at: Instant,
-    /// How long it was delayed: the back-off, and the wait for an upstream of which no endpoint accepted a connection.
-    pub delay: Duration,
-    /// A connection was available, pooled or new.
-    pub had_connection: bool,
-    /// When a new connection was established; none where a pooled one was used.
-    pub connected_at: Option<Instant>,
-    /// When its response head arrived, or it failed. None: it was cancelled, because the client closed or another
-    /// copy won.
-    pub ended_at: Option<Instant>,
-    pub outcome: Option<AttemptOutcome>,
-    /// Why it has no response, as a sentence.
-    pub error: Option<String>,
-    /// It was a trial of the half-open breaker.
-    pub is_breaker_trial: bool,
-    /// The state that its outcome changed the breaker to.
-    pub breaker_change: Option<BreakerState>,
-    /// Its outcome ejected the endpoint.
-    pub ejected_endpoint: bool,
-}
-
-/// The attempts of a request. The first is stored inline: most requests have no other.
-#[derive(Debug, Default)]
-pub struct AttemptRecords {
-    first: Option<AttemptRecord>,
-    more: Vec<AttemptRecord>,
-    /// All attempts, recorded or not.
-    count: u32,
-}
-
-impl AttemptRecords {
-    /// Adds one; returns the index for [`Self::get_mut`].
-    pub fn push(&mut self, new: AttemptRecord) -> usize {
-        let number = self.count as usize;
-        self.count = self.count.saturating_add(1);
-        if self.first.is_none() {
-            self.first = Some(new);
-        } else if number < MAX_RECORDED_ATTEMPTS {
-            self.more.push(new);
-        }
-        number
-    }
-
-    pub fn get_mut(&mut self, number: usize) -> Option<&mut AttemptRecord> {
-        match number.checked_sub(1) {
-            None => self.first.as_mut(),
-            Some(index) => self.more.get_mut(index),
-        }
-    }
-
-    /// How many were made, recorded or not.
-    pub const fn count(&self) -> u32 {
-        self.count
-    }
-
-    pub fn iter(&self) -> impl Iterator<Item = &AttemptRecord> {
-        self.first.iter().chain(&self.more)
-    }
-
-    /// The last one that is recorded.
-    pub fn last(&self) -> Option<&AttemptRecord> {
-        self.more.last().or(self.first.as_ref())
-    }
-}
-
-impl AttemptRecord {
-    pub fn new(
-        why: AttemptKind,
-        span: SpanId,
-        endpoint: SocketAddr,
-        version: Version,
-        began: Instant,
-    ) -> Self {
-        Self {
-            reason: why,
-            span,
-            endpoint,
-            version,
-            tls: false,
-            started_at: began,
-            delay: Duration::ZERO,
-            had_connection: false,
-            connected_at: None,
-            ended_at: None,
-            outcome: None,
-            error: None,
-            is_breaker_trial: false,
-            breaker_change: None,
-            ejected_endpoint: false,
         }
     }
 }
@@ -256,7 +174,8 @@ impl RequestRecord {
             retry_stopped: None,
             breaker_window: None,
             local_response: None,
-            fallback_cause: None,
+            replaced_cause: None,
+            cache: None,
             delivery: None,
             status: None,
             grpc_status: None,
@@ -290,6 +209,16 @@ impl RequestRecord {
         Some(routes.get(self.route?)?.matches.to_string())
     }
 
+    /// The cause of the failure that a stale response replaced.
+    pub fn stale_cause(&self) -> Option<&'static str> {
+        self.replaced_cause.filter(|_| self.cache == Some(CacheResult::Stale))
+    }
+
+    /// The cause of the failure that the configured fallback replaced.
+    pub fn fallback_cause(&self) -> Option<&'static str> {
+        self.replaced_cause.filter(|_| self.cache != Some(CacheResult::Stale))
+    }
+
     /// Takes the gRPC status from the trailers.
     pub fn read_trailers(&mut self, trailers: &HeaderMap) {
         if self.grpc {
@@ -315,7 +244,7 @@ impl RequestRecord {
         };
         failed
             || self.attempts.count() > 1
-            || self.fallback_cause.is_some()
+            || self.replaced_cause.is_some()
             || matches!(self.end, RequestEnd::Broken | RequestEnd::Cut)
     }
 
@@ -366,7 +295,7 @@ fn error_type(record: &RequestRecord) -> &'static str {
     if let Some(refusal) = &record.local_response {
         return refusal.cause.word();
     }
-    if let Some(failure) = record.fallback_cause {
+    if let Some(failure) = record.replaced_cause {
         return failure;
     }
     match (record.end, record.grpc_status) {
@@ -399,26 +328,5 @@ mod tests {
             assert_eq!(format_address(address), address.to_string());
             assert_eq!(format_ip(address.ip()), address.ip().to_string());
         }
-    }
-
-    #[test]
-    fn attempts_are_recorded_up_to_a_bound_and_counted_beyond() {
-        let mut attempts = AttemptRecords::default();
-        assert!(attempts.last().is_none() && attempts.get_mut(0).is_none());
-        let (began, span) = (Instant::now(), SpanId::new(1).unwrap());
-        for port in 0..100 {
-            let endpoint = SocketAddr::from(([127, 0, 0, 1], port));
-            let number = attempts.push(AttemptRecord::new(
-                AttemptKind::Retry,
-                span,
-                endpoint,
-                Version::HTTP_11,
-                began,
-            ));
-            assert_eq!(number, usize::from(port));
-            assert_eq!(attempts.get_mut(number).map(|one| one.endpoint.port()), (port < 16).then_some(port));
-        }
-        assert_eq!((attempts.count(), attempts.iter().count()), (100, MAX_RECORDED_ATTEMPTS));
-        assert_eq!(attempts.last().map(|one| one.endpoint.port()), Some(15));
     }
 }

@@ -1,6 +1,7 @@
 //! `GET /requests`: the last failed, retried and slow requests, with every decision of the proxy.
 
 use std::{
+    borrow::Cow,
     collections::VecDeque,
     sync::{Arc, Mutex, PoisonError},
 };
@@ -146,7 +147,7 @@ impl RequestReport {
             peer: record.client(),
             upstream: record.upstream_name().map(ToOwned::to_owned),
             route: record.route_name(),
-            reason: record.reason().map(ToOwned::to_owned),
+            reason: record.reason().map(Cow::into_owned),
             why: record.explanation(),
             answered_ms: record.response_head_at.map(ms),
             duration_ms: ms(ended),
@@ -154,7 +155,7 @@ impl RequestReport {
             bytes_out: record.bytes_out,
             end: record.end.word().to_owned(),
             stopped: record.retry_stopped.map(ToOwned::to_owned),
-            fell_back: record.fallback_cause.map(ToOwned::to_owned),
+            fell_back: record.fallback_cause().map(ToOwned::to_owned),
             attempts_made: record.attempts.count(),
             attempts: record
                 .attempts

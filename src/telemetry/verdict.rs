@@ -2,7 +2,7 @@
 //!
 //! Both are derived from the record when it is reported. The sentence is not built for a plain success.
 
-use std::{fmt::Write, net::SocketAddr, time::Duration};
+use std::{borrow::Cow, fmt::Write, net::SocketAddr, time::Duration};
 
 use super::record::{AttemptRecord, RequestEnd, RequestRecord};
 use crate::resilience::{
@@ -47,8 +47,8 @@ impl RequestRecord {
         let broken = matches!(self.end, RequestEnd::Broken | RequestEnd::Cut);
         let status = self.status.is_some_and(|status| status.is_server_error());
         let grpc = self.grpc_status.is_some_and(is_failure);
-        if gone || broken || status || grpc || self.local_response.is_some() || self.fallback_cause.is_some()
-        {
+        let replaced = self.replaced_cause.is_some();
+        if gone || broken || status || grpc || replaced || self.local_response.is_some() {
             Verdict::Failed
         } else if self.attempts.count() > 1 {
             Verdict::Retried
@@ -66,11 +66,18 @@ impl RequestRecord {
 
     /// The stable word for why the request was not a plain success: a cause of `docs/errors.md`, how it ended, or the
     /// outcome of an attempt.
-    pub fn reason(&self) -> Option<&'static str> {
+    pub fn reason(&self) -> Option<Cow<'static, str>> {
+        match self.stale_cause() {
+            Some(cause) => Some(format!("stale: {}", cause.replace('_', " ")).into()),
+            None => self.reason_word().map(Cow::Borrowed),
+        }
+    }
+
+    fn reason_word(&self) -> Option<&'static str> {
         if let Some(refusal) = &self.local_response {
             return Some(refusal.cause.word());
         }
-        if let Some(failure) = self.fallback_cause {
+        if let Some(failure) = self.fallback_cause() {
             return Some(failure);
         }
         if self.end != RequestEnd::Complete {
@@ -98,7 +105,7 @@ impl RequestRecord {
         let mut clauses = Vec::new();
         clauses.extend(self.describe_attempts());
         let lone =
-            self.local_response.is_none() && self.fallback_cause.is_none() && self.attempts.count() <= 1;
+            self.local_response.is_none() && self.fallback_cause().is_none() && self.attempts.count() <= 1;
         if lone && clauses.is_empty() && self.end == RequestEnd::Complete {
             clauses.push(self.describe_response());
         }
@@ -116,7 +123,7 @@ impl RequestRecord {
                 clauses.push(refusal.detail.clone());
             }
         }
-        if let Some(failure) = self.fallback_cause {
+        if let Some(failure) = self.fallback_cause() {
             let to_upstream = self.attempts.iter().any(|one| one.reason == AttemptKind::Fallback);
             let what = if to_upstream {
                 "the request went to the fallback upstream"
@@ -124,6 +131,9 @@ impl RequestRecord {
                 "the configured response was sent"
             };
             clauses.push(format!("fallback ({failure}): {what}"));
+        }
+        if let Some(cause) = self.stale_cause() {
+            clauses.push(format!("a stored response was sent, which is stale ({cause})"));
         }
         clauses.extend(self.describe_end());
         if self.local_response.is_none() && self.attempts.count() <= 1 && clauses.is_empty() {

@@ -24,6 +24,9 @@ pub enum BodyError {
     /// A newer attempt reads the request's body.
     #[error("a newer attempt has taken over the request's body")]
     Superseded,
+    /// A response that several clients read broke off.
+    #[error("the response broke off")]
+    Broken,
 }
 
 /// What is left of a request's body; `None`: there is none, or no more of it.

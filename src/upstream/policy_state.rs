@@ -170,6 +170,8 @@ pub struct PolicyCounters {
     pub rejected: LabeledCounters,
     /// By the new state of the breaker.
     pub transitions: LabeledCounters,
+    /// Requests of routes with a cache, by where the response came from.
+    pub cache: LabeledCounters,
 }
 
 /// Counters for a fixed set of labels. Incremented on failures only, so a linear search is cheap enough.
@@ -208,7 +210,10 @@ impl LabeledCounters {
 
 impl PolicyCounters {
     pub fn is_zero(&self) -> bool {
-        self.retries.is_zero() && self.rejected.is_zero() && self.transitions.is_zero()
+        self.retries.is_zero()
+            && self.rejected.is_zero()
+            && self.transitions.is_zero()
+            && self.cache.is_zero()
     }
 
     /// Adds the counts of an upstream that is removed.
@@ -216,6 +221,7 @@ impl PolicyCounters {
         self.retries.absorb(&other.retries);
         self.rejected.absorb(&other.rejected);
         self.transitions.absorb(&other.transitions);
+        self.cache.absorb(&other.cache);
     }
 }
 
@@ -262,6 +268,7 @@ impl Default for PolicyCounters {
                 "attempt_timeout",
             ]),
             transitions: LabeledCounters::new(&["closed", "half_open", "open"]),
+            cache: LabeledCounters::new(&["hit", "miss", "stale", "revalidated", "bypass"]),
         }
     }
 }

@@ -25,7 +25,7 @@ const FLOORS: &[&[&str]] = &[
     &["durations", "http1"],
     &["http2", "resilience", "authorization"],
     &["queue"],
-    &["config"],
+    &["config", "cache"],
     &["fetch", "redirect"],
     &["identity"],
     &["upstream"],

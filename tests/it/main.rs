@@ -14,6 +14,7 @@ mod admin;
 mod authorize;
 mod basics;
 mod bodies;
+mod cache;
 mod commands;
 mod config_changes;
 mod connections;

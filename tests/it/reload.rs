@@ -246,6 +246,22 @@ fn policy_keys() -> Vec<(&'static str, Coverage)> {
         ("fallback.body", With("fallback.status")),
         ("fallback.content_type", With("fallback.status")),
         ("fallback.upstream", With("fallback.status")),
+        (
+            "cache",
+            case(
+                "cache = false",
+                "cache = { max_bytes = \"1MiB\" }",
+                |s| s.get("/", "").field("cache-status").is_some().to_string(),
+                ("false", "true"),
+            ),
+        ),
+        ("cache.max_bytes", With("cache")),
+        ("cache.object_limit", With("cache")),
+        ("cache.stale_if_error", With("cache")),
+        ("cache.stale_while_revalidate", With("cache")),
+        ("cache.coalesce", With("cache")),
+        ("cache.authorization", With("cache")),
+        ("cache.shared_between_peers", With("cache")),
     ]
 }
 

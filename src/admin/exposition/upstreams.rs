@@ -36,6 +36,8 @@ struct Row {
     breaker: Option<i64>,
     /// None where limits are off.
     in_flight: Option<u64>,
+    /// A route has a cache.
+    has_cache: bool,
     /// In the order of [`EndpointState::WORDS`].
     endpoints: [u64; EndpointState::WORDS.len()],
 }
@@ -85,7 +87,15 @@ impl UpstreamRows {
         let help = "Requests in flight";
         self.gauge(encoder, "outrigger_requests_in_flight", help, |row| row.in_flight.map(of_u64))?;
         let help = "Requests that the proxy refused, by cause";
-        self.tally(encoder, "outrigger_rejected", help, "reason", |c| &c.rejected)
+        self.tally(encoder, "outrigger_rejected", help, "reason", |c| &c.rejected)?;
+        let help = "Requests of routes with a cache, by where the response came from";
+        let cached = self.0.iter().filter(|(_, row)| row.has_cache).flat_map(|(upstream, row)| {
+            row.counts
+                .cache
+                .iter()
+                .map(move |(word, count)| (labels(upstream, "result", word), ConstCounter::new(count)))
+        });
+        family(encoder, "outrigger_cache_requests", help, None, cached)
     }
 
     fn tally(
@@ -134,6 +144,7 @@ impl Row {
             let in_flight = u64::from(policy_state.requests.in_flight());
             self.in_flight = Some(self.in_flight.unwrap_or(0) + in_flight);
         }
+        self.has_cache |= cluster.has_cache();
         for endpoint in &upstream.endpoints().endpoints {
             let word = upstream.state_of(endpoint, now).word();
             if let Some(at) = EndpointState::WORDS.iter().position(|known| *known == word) {

@@ -5,7 +5,7 @@ use std::fmt;
 use http::Method;
 use serde_json::json;
 
-use super::{inbound, request::ExplainedRequest};
+use super::{cache, inbound, request::ExplainedRequest};
 use crate::{
     config::{
         FilePosition, HostMatch, LoadedConfig, Policy, Protocol, Route, Scope, Setting, UnknownHostPolicy,
@@ -86,6 +86,12 @@ fn judge(loaded: &LoadedConfig, target: &ExplainedRequest) -> Explanation {
         }
     }
     if let Some(policy) = loaded.policy(scope) {
+        if reach == PolicyScope::Everything
+            && target.method != Method::CONNECT
+            && let Some(text) = cache::describe(policy, target)
+        {
+            verdict.fact("cache", text, None);
+        }
         for setting in loaded.policy_settings(scope) {
             let inactive = inactive(&setting, policy, target, reach);
             verdict.value(loaded, setting, inactive);

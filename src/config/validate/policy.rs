@@ -22,6 +22,9 @@ const MAX_RETRIES: u32 = 20;
 const MAX_BODY_LIMIT: u64 = 64 << 20;
 /// A window is divided into slices, which must be several milliseconds long.
 const MIN_WINDOW: Duration = Duration::from_secs(1);
+/// Below it the store could hold next to nothing.
+const MIN_CACHE: u64 = 64 << 10;
+const MAX_OBJECT: u64 = 1 << 30;
 const MAX_WINDOW: Duration = Duration::from_secs(3600);
 
 /// `node` is the table of effective policy keys.
@@ -61,6 +64,17 @@ pub(in super::super) fn policy(policy: &Policy, node: &Node, problems: &mut Prob
     }
     if let Some(fallback) = &policy.fallback.0 {
         check.fallback(fallback);
+    }
+    if let Some(cache) = &policy.cache.0 {
+        let least = *cache.max_bytes >= MIN_CACHE;
+        let help = "at least 64KiB; `cache = false` switches it off";
+        check.require(least, &["cache", "max_bytes"], "the cache has no memory", help);
+        check.require(
+            *cache.object_limit <= MAX_OBJECT,
+            &["cache", "object_limit"],
+            "this is too large for one response in memory",
+            "at most 1GiB",
+        );
     }
 }
 

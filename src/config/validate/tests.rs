@@ -88,6 +88,8 @@ fn policies_are_checked_wherever_they_stand() {
         ("hedge = { after = '0s' }", "would double every request"),
         ("fault = { abort = 99 }", "not a final status code"),
         ("fallback = { status = 600 }", "not a final status code"),
+        ("cache = { max_bytes = '1KiB' }", "the cache has no memory"),
+        ("cache = { object_limit = '2GiB' }", "too large for one response"),
         ("fallback = { upstream = 'nope' }", "there is no upstream `nope`"),
     ] {
         for table in [

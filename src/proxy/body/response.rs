@@ -13,6 +13,7 @@ use tokio::time::Instant;
 
 use super::UploadStatus;
 use crate::{
+    cache::fill::FillReader,
     cause::GrpcCode,
     http1::{
         self,
@@ -32,6 +33,18 @@ pub enum ResponseBody {
     Empty,
     Whole(Option<Bytes>),
     Streaming(Box<StreamingBody>),
+    /// A body that the cache reads, and maybe other clients.
+    Shared(Box<SharedBody>),
+}
+
+/// One client's view of a body that is read by the cache.
+#[derive(Debug)]
+pub struct SharedBody {
+    reader: FillReader,
+    /// Bytes that are left, where the head announces them.
+    left: Option<u64>,
+    progress: Rc<Progress>,
+    ended: bool,
 }
 
 /// An upstream's body. Holds the upstream connection until the body has ended.
@@ -68,6 +81,61 @@ impl ResponseBody {
             return Self::Empty;
         }
         Self::Streaming(Box::new(StreamingBody { lease: Some(lease), progress, resources: held }))
+    }
+}
+
+impl ResponseBody {
+    /// A body that others may read too.
+    pub fn shared(reader: FillReader, length: Option<u64>, progress: Rc<Progress>) -> Self {
+        Self::Shared(Box::new(SharedBody { reader, left: length, progress, ended: false }))
+    }
+}
+
+impl SharedBody {
+    fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        if self.ended {
+            return Poll::Ready(None);
+        }
+        let part = ready!(self.reader.poll_part(cx));
+        let now = self.progress.moved();
+        match part {
+            Some(Ok(data)) => {
+                let length = data.len() as u64;
+                self.left = self.left.map(|left| left.saturating_sub(length));
+                // The request that fetches counts what it reads from the upstream.
+                self.progress.with_record(|record| {
+                    if record.attempts.count() == 0 {
+                        record.bytes_out += length;
+                    }
+                });
+                if self.reader.is_at_end() {
+                    self.end(RequestEnd::Complete, now);
+                }
+                Poll::Ready(Some(Ok(Frame::data(data))))
+            }
+            Some(Err(_)) => {
+                self.end(RequestEnd::Broken, now);
+                Poll::Ready(Some(Err(BodyError::Broken)))
+            }
+            None => {
+                self.end(RequestEnd::Complete, now);
+                Poll::Ready(None)
+            }
+        }
+    }
+
+    fn end(&mut self, end: RequestEnd, now: Instant) {
+        self.ended = true;
+        self.progress.done(end, now);
+    }
+}
+
+impl Drop for SharedBody {
+    fn drop(&mut self) {
+        if !self.ended && !self.progress.is_done() {
+            let now = Instant::now();
+            self.progress.done(self.progress.end_when_dropped(now), now);
+        }
     }
 }
 
@@ -135,6 +203,7 @@ impl Body for ResponseBody {
             Self::Empty => return Poll::Ready(None),
             Self::Whole(bytes) => return Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes)))),
             Self::Streaming(streaming) => streaming,
+            Self::Shared(shared) => return shared.poll_frame(cx),
         };
         let Some(lease) = &mut this.lease else { return Poll::Ready(None) };
         let frame = match ready!(lease.poll_frame(cx)) {
@@ -172,6 +241,7 @@ impl Body for ResponseBody {
             Self::Empty => true,
             Self::Whole(bytes) => bytes.is_none(),
             Self::Streaming(streaming) => streaming.lease.as_ref().is_none_or(Lease::is_end_stream),
+            Self::Shared(shared) => shared.ended,
         }
     }
 
@@ -183,6 +253,7 @@ impl Body for ResponseBody {
                 let length = streaming.lease.as_ref().map_or(Some(0), Lease::remaining_length);
                 length.map_or_else(SizeHint::default, SizeHint::with_exact)
             }
+            Self::Shared(shared) => shared.left.map_or_else(SizeHint::default, SizeHint::with_exact),
         }
     }
 }

@@ -88,6 +88,7 @@ async fn exchange(
         is_tls: false,
         deadline: deadline.map(|deadline| now + deadline),
         client: None,
+        stale: None,
         earlier_attempts: 0,
     };
     let mut request = Request::new(ClientBody::default());

@@ -22,8 +22,8 @@ use crate::{
     model::queue_route::{AcceptRoute, DELIVERIES},
     proxy::{
         body::{BufferedBody, ClientBody, ReadBody, ResponseBody},
+        cached,
         error::ProxyError,
-        exchange,
         headers::is_grpc,
         origin::Origin,
         target::RouteTarget,
@@ -110,7 +110,7 @@ impl<'a> Intake<'a> {
 
     /// Sends the request on now.
     async fn forward(self, request: &mut Request<ClientBody>) -> Result<Response<ResponseBody>, ProxyError> {
-        exchange::run(self.origin, self.target, request, self.present).await
+        cached::forward(self.origin, self.target, request, self.present).await
     }
 
     /// Takes a share of the memory for bodies, until the request is stored. What a body has not announced counts as

@@ -16,8 +16,8 @@ use crate::{
     model::{Side, View, WorkerCluster},
     proxy::{
         body::{BufferedBody, ResponseBody},
+        cached,
         error::ProxyError,
-        exchange,
         origin::Origin,
         progress::Progress,
         target::{self, RouteTarget},
@@ -105,10 +105,11 @@ pub async fn perform(
         is_tls: accepted.is_tls,
         deadline: policy.timeout.is_zero().then(|| now + LONGEST_ATTEMPT),
         client: None,
+        stale: None,
         earlier_attempts: due.attempts,
     };
     let present = FieldSet::of(request.headers());
-    let result = origin.watch(exchange::run(&origin, &target, &mut request, present)).await;
+    let result = origin.watch(cached::bypass(&origin, &target, &mut request, present)).await;
     let last = progress.with_record(|record| record.attempts.last().and_then(|one| one.outcome)).flatten();
     match result {
         None => Report::failed(DeliveryOutcome::NoResponse, RequestEnd::Cut.word()),

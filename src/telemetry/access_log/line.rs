@@ -1,9 +1,11 @@
 //! A line of the access log.
 
+use std::borrow::Cow;
+
 use serde::Serialize;
 
 use crate::telemetry::{
-    record::{RequestRecord, format_address},
+    record::{CacheResult, RequestRecord, format_address},
     requests::milliseconds,
     timestamp::Timestamp,
 };
@@ -24,11 +26,14 @@ struct AccessLogLine<'a> {
     endpoint: Option<String>,
     route: Option<String>,
     attempts: u32,
-    reason: Option<&'a str>,
+    reason: Option<Cow<'static, str>>,
     why: Option<String>,
     bytes_in: u64,
     bytes_out: u64,
     duration_ms: f64,
+    /// Of a route with a cache: where the response came from.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cache: Option<&'static str>,
     /// Of a request that was queued, and of its attempts.
     #[serde(skip_serializing_if = "Option::is_none")]
     delivery: Option<String>,
@@ -52,6 +57,7 @@ pub fn write(out: &mut Vec<u8>, record: &RequestRecord) {
         bytes_in: record.bytes_in,
         bytes_out: record.bytes_out,
         duration_ms: milliseconds(record.ended_at.unwrap_or(record.started_at), record.started_at),
+        cache: record.cache.map(CacheResult::word),
         delivery: record.delivery.as_ref().map(ToString::to_string),
     };
     let before = out.len();

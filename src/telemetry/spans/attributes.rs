@@ -11,7 +11,7 @@ use opentelemetry_semantic_conventions::attribute::{
 use super::{SpanRequest, Spans};
 use crate::{
     resilience::classify::{GrpcStatus, OutcomeKind},
-    telemetry::record::{AttemptRecord, RequestEnd},
+    telemetry::record::{AttemptRecord, CacheResult, RequestEnd},
 };
 
 // Also in the conventions, but not yet stable in the library.
@@ -166,7 +166,9 @@ impl Spans<'_> {
         attributes.set(HTTP_RESPONSE_BODY_SIZE, size(record.bytes_out));
         attributes.set("outrigger.attempts", i64::from(record.attempts.count()));
         attributes.set_if("outrigger.retry.stopped", record.retry_stopped);
-        attributes.set_if("outrigger.fallback", record.fallback_cause);
+        attributes.set_if("outrigger.fallback", record.fallback_cause());
+        attributes.set_if("outrigger.cache", record.cache.map(CacheResult::word));
+        attributes.set_if("outrigger.stale", record.stale_cause());
         if record.end != RequestEnd::Complete {
             attributes.set("outrigger.end", record.end.word());
         }

@@ -47,8 +47,11 @@ impl Spans<'_> {
             ];
             event("answered by the proxy", over, attributes);
         }
-        if let Some(why) = record.fallback_cause {
+        if let Some(why) = record.fallback_cause() {
             event("fallback", over, vec![KeyValue::new("why", why)]);
+        }
+        if let Some(why) = record.stale_cause() {
+            event("stale response", over, vec![KeyValue::new("why", why)]);
         }
         events
     }

@@ -63,7 +63,7 @@ fn refuse(mut record: RequestRecord, cause: Cause, detail: &str) -> RequestRecor
 #[track_caller]
 fn check(record: &RequestRecord, kind: Verdict, reason: &str, why: &str) {
     assert_eq!(
-        (record.verdict(), record.reason(), record.explanation().as_deref()),
+        (record.verdict(), record.reason().as_deref(), record.explanation().as_deref()),
         (kind, Some(reason), Some(why))
     );
 }
@@ -71,7 +71,10 @@ fn check(record: &RequestRecord, kind: Verdict, reason: &str, why: &str) {
 #[test]
 fn a_plain_success_needs_no_explanation() {
     let plain = with(record(200), &[(A, http(200))]);
-    assert_eq!((plain.verdict(), plain.reason(), plain.explanation()), (Verdict::Plain, None, None));
+    assert_eq!(
+        (plain.verdict(), plain.reason().as_deref(), plain.explanation()),
+        (Verdict::Plain, None, None)
+    );
 }
 
 #[test]
@@ -174,7 +177,7 @@ fn ends_and_statuses_are_explained() {
 
 #[test]
 fn a_fallback_is_reported() {
-    let given = RequestRecord { fallback_cause: Some("breaker_open"), ..record(200) };
+    let given = RequestRecord { replaced_cause: Some("breaker_open"), ..record(200) };
     let why = "fallback (breaker_open): the configured response was sent";
     check(&given, Verdict::Failed, "breaker_open", why);
 }

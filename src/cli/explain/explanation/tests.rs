@@ -121,3 +121,43 @@ fn invalid_requests_are_refused() {
         assert!(ExplainedRequest::parse(method, url, &headers, false).is_err(), "{method} {url} {headers:?}");
     }
 }
+
+#[test]
+fn it_says_whether_the_cache_answers() {
+    const CACHED: &str = "[[upstream]]\nname='up'\ncache = {}\n[[upstream.route]]\nmatch = { path = '/live' }\ncache = false\n\
+        [[upstream]]\nname='keyed'\ncache = { authorization = 'key', stale_if_error = '0s' }\n";
+    let cached = |method: &str, url: &str, headers: &[&str]| explained(CACHED, method, url, headers, false);
+    let fresh = "cache answered from what is stored while that is fresh, else forwarded";
+    let stale = "; stale for 10m if that fails";
+    says(&cached("GET", "http://up/", &[]), &format!("{fresh}{stale}"));
+    says(&cached("GET", "http://keyed/", &[]), fresh);
+    says(&cached("GET", "http://keyed/", &[]), "cache.authorization key o.toml:9");
+    for (headers, expected) in [
+        (
+            &["authorization: Bearer a"][..],
+            "; with Authorization only responses that say public, s-maxage or must-revalidate",
+        ),
+        (&["cookie: a=b"], "; with Cookie only responses that say public or vary by Cookie"),
+    ] {
+        says(&cached("GET", "http://up/", headers), &format!("{fresh}{stale}{expected}"));
+    }
+    says(
+        &cached("GET", "http://keyed/", &["authorization: Bearer a"]),
+        &format!("{fresh}; only responses to the same Authorization"),
+    );
+    says(
+        &cached("GET", "http://up/", &["cache-control: no-cache"]),
+        "cache forwarded: the request says no-cache; the response replaces what is stored",
+    );
+    says(
+        &cached("POST", "http://up/", &[]),
+        "cache forwarded: only GET and HEAD are answered from it; a success removes what is stored for the URL",
+    );
+    says(&cached("OPTIONS", "http://up/", &[]), "cache forwarded: only GET and HEAD are answered from it");
+    says(
+        &cached("GET", "http://up/", &["x-http-method-override: DELETE"]),
+        "cache forwarded: a field of the request overrides its method",
+    );
+    assert!(!cached("GET", "http://up/live", &[]).contains("answered from"), "the route has none");
+    assert!(!cached("GET", "https://up/", &[]).contains("answered from"), "bytes");
+}
