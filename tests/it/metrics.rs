@@ -187,10 +187,15 @@ fn metrics_used_by_alerts_and_dashboard_are_exposed() {
     let address = service.address();
     let upstream = format!("[[upstream]]\nname = \"up\"\nendpoints = [\"{address}\"]\n");
     let proxy = Proxy::start(format!(
-        "[telemetry]\notlp = \"http://127.0.0.1:1\"\n[inbound]\nforward_to = \"{address}\"\n{upstream}"
+        "[telemetry]\notlp = \"http://127.0.0.1:1\"\n[inbound]\nforward_to = \"{address}\"\n{upstream}\
+         [store]\ndurability = \"memory\"\n[[queue]]\nname = \"orders\"\n\
+         [[upstream.route]]\nqueue = {{ name = \"orders\" }}\n"
     ));
     RawClient::connect(proxy.inbound()).ask(get("/200", ""));
     RawClient::connect(proxy.outbound()).ask(get("/200", ""));
+    let order = "POST /200 HTTP/1.1\r\nHost: up\r\nPrefer: respond-async\r\ncontent-length: 0\r\n\r\n";
+    assert_eq!(RawClient::connect(proxy.outbound()).ask(order).status(), 202);
+    eventually("the delivery", || metrics(&proxy).contains("outrigger_queue_deliveries_total{"));
     let metrics = metrics(&proxy);
     let exposed = |name: &str| metrics.lines().any(|line| line.split(['{', ' ']).next() == Some(name));
     let mut named = 0;
