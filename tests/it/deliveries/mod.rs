@@ -5,6 +5,7 @@ mod delivering;
 mod drain;
 mod failing_store;
 mod inbound;
+mod kill;
 mod operating;
 mod reload;
 mod resources;
