@@ -1,12 +1,13 @@
 //! The two services of the demo: `shop`, a client of `payments`, and `payments`, with faults that can be switched on.
 
 use std::{
+    collections::BTreeMap,
     convert::Infallible,
     future::Future,
     io,
     net::SocketAddr,
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
     time::Duration,
@@ -54,9 +55,24 @@ pub struct Faults {
     pub arrived: AtomicU32,
     pub responses: AtomicU32,
     pub resets: AtomicU32,
+    /// How often each order was accepted, by its `Idempotency-Key`.
+    pub orders: Mutex<BTreeMap<String, u32>>,
 }
 
-/// An instance of `payments`: `GET /price`, `GET /report`, `POST /charge`.
+impl Faults {
+    /// Accepts an order; false for one that can never be.
+    fn order(&self, request: &Request<Incoming>) -> bool {
+        if request.uri().path().ends_with("/broken") {
+            return false;
+        }
+        let key =
+            request.headers().get("idempotency-key").and_then(|key| key.to_str().ok()).unwrap_or_default();
+        *self.orders.lock().unwrap_or_else(PoisonError::into_inner).entry(key.to_owned()).or_default() += 1;
+        true
+    }
+}
+
+/// An instance of `payments`: `GET /price`, `GET /report`, `POST /charge`, `POST /orders`.
 pub async fn payments(at: SocketAddr, faults: Arc<Faults>) -> io::Result<Service> {
     serve(at, move |stream| payments_connection(stream, Arc::clone(&faults))).await
 }
@@ -67,13 +83,17 @@ async fn payments_connection(stream: TcpStream, faults: Arc<Faults>) {
     let reset = Notify::new();
     let served = hyper::server::conn::http1::Builder::new().serve_connection(
         TokioIo::new(stream),
-        service_fn(|_: Request<Incoming>| async {
+        service_fn(async |request: Request<Incoming>| {
             faults.arrived.fetch_add(1, Ordering::Relaxed);
             sleep(Duration::from_millis(faults.slow_ms.load(Ordering::Relaxed))).await;
             let responses = faults.responses.fetch_add(1, Ordering::Relaxed) + 1;
             let every = faults.reset_every.load(Ordering::Relaxed);
             if may_reset && every > 0 && responses.is_multiple_of(every) {
                 reset.notify_one();
+            }
+            if request.uri().path().starts_with("/orders") && !faults.order(&request) {
+                let body = Bytes::from_static(b"{\"error\":\"no such article\"}\n");
+                return Ok(respond(StatusCode::UNPROCESSABLE_ENTITY, body));
             }
             Ok::<_, Infallible>(if faults.fails.load(Ordering::Relaxed) {
                 respond(StatusCode::SERVICE_UNAVAILABLE, Bytes::from_static(b"{\"paid\":false}\n"))
@@ -90,7 +110,7 @@ async fn payments_connection(stream: TcpStream, faults: Arc<Faults>) {
     }
 }
 
-/// `shop`: `GET /price`, `GET /report` and `POST /checkout`, each of which sends one request to `payments` through
+/// `shop`: `GET /price`, `GET /report`, `POST /checkout` and `POST /order`, each of which sends one request to `payments` through
 /// `proxy`, as a library that honours `http_proxy` does. It forwards the response, so that the visitor sees it too.
 pub async fn shop(proxy: SocketAddr, listener: TcpListener) -> io::Result<Service> {
     serve_on(listener, move |stream| async move {
@@ -99,6 +119,8 @@ pub async fn shop(proxy: SocketAddr, listener: TcpListener) -> io::Result<Servic
                 (&Method::GET, "/price") => ("payments", "http://payments/price"),
                 (&Method::GET, "/report") => ("reports", "http://reports/report"),
                 (&Method::POST, "/checkout") => ("payments", "http://payments/charge"),
+                (&Method::POST, "/order") => ("payments", "http://payments/orders"),
+                (&Method::POST, "/order/broken") => ("payments", "http://payments/orders/broken"),
                 _ => return Ok::<_, Infallible>(respond(StatusCode::NOT_FOUND, Bytes::new())),
             };
             Ok(match send_within(request.headers(), proxy, request.method().clone(), target, host).await {

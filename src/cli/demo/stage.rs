@@ -1,9 +1,10 @@
 //! The set-up of the demo: two services with their sidecars, and the controls of their faults.
 
 use std::{
+    collections::BTreeMap,
     fmt::Write as _,
     net::SocketAddr,
-    sync::{Arc, atomic::Ordering},
+    sync::{Arc, PoisonError, atomic::Ordering},
     time::Duration,
 };
 
@@ -133,6 +134,7 @@ fn shop_config(
     // Visitors have no certificate.
     let mut config = common(folder, "shop", service, "permissive");
     let identity = format!("spiffe://{TRUST_DOMAIN}/ns/default/sa/payments");
+    let store = folder.path().join("store").display().to_string();
     // Writing to a string cannot fail.
     let _ = write!(
         config,
@@ -146,6 +148,15 @@ timeout = "{timeout}"
 retry = {{ budget = {{ min_per_second = 5, window = "2s" }} }}
 breaker = {{ failure_rate = 0.0, open_for = {{ base = "1s", max = "2s" }} }}
 outlier = {{ eject_for = {{ base = "1s", max = "2s" }} }}
+[[upstream.route]]
+match = {{ methods = ["POST"], path = "/orders*" }}
+queue = {{ name = "orders", when = "always" }}
+[store]
+path = "{store}"
+reserve = "64KiB"
+[[queue]]
+name = "orders"
+backoff = {{ base = "200ms", max = "1s" }}
 [[upstream]]
 name = "reports"
 endpoints = ["{one}", "{two}"]
@@ -219,6 +230,27 @@ impl Stage {
         let upstreams = status["upstreams"].as_array();
         let found = upstreams.and_then(|all| all.iter().find(|one| one["name"] == upstream));
         Ok(found.cloned().unwrap_or_default())
+    }
+
+    /// The deliveries of shop's queue in this state.
+    pub async fn deliveries(&self, state: &str) -> Result<u64, DemoError> {
+        Ok(self.whole_status().await?["queues"][0]["messages"][state].as_u64().unwrap_or(0))
+    }
+
+    /// Why shop's queue is paused; none while it delivers.
+    pub async fn paused(&self) -> Result<Option<String>, DemoError> {
+        Ok(self.whole_status().await?["queues"][0]["paused"].as_str().map(ToOwned::to_owned))
+    }
+
+    /// How often each order arrived, by its `Idempotency-Key`, at all instances together.
+    pub fn orders(&self) -> BTreeMap<String, u32> {
+        let mut orders = BTreeMap::new();
+        for one in &self.instances {
+            for (key, count) in one.faults.orders.lock().unwrap_or_else(PoisonError::into_inner).iter() {
+                *orders.entry(key.clone()).or_default() += count;
+            }
+        }
+        orders
     }
 
     async fn whole_status(&self) -> Result<serde_json::Value, DemoError> {

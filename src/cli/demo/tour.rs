@@ -29,6 +29,7 @@ pub async fn tour(once: bool, otlp: Option<&str>) -> Result<bool, DemoError> {
     stage.slow().await?;
     stage.reload().await?;
     stage.stopped().await?;
+    stage.orders_wait().await?;
     if let Some(traces) = stage.traces().await? {
         println!();
         stage.story.print(traces);
@@ -217,6 +218,38 @@ impl Stage {
         self.wait_for_budget().await?;
         let good = successes(&self.visits(5, &Method::POST, "/checkout").await?);
         self.story.check(good == 5, format!("{good} of 5 clients got 200 as soon as both were restarted"));
+        Ok(())
+    }
+
+    async fn orders_wait(&mut self) -> Result<(), DemoError> {
+        self.story.scene("payments is gone, and orders have a queue: they are accepted, and delivered later");
+        self.stop_instance(0);
+        self.stop_instance(1);
+        let mut replies = self.visits(100, &Method::POST, "/order").await?;
+        replies.extend(self.visits(1, &Method::POST, "/order/broken").await?);
+        let accepted = replies.iter().filter(|reply| reply.status == 202).count();
+        if let Some(last) = replies.last() {
+            self.story.print("the response that the client gets, as soon as its order is on the disk:");
+            self.story.show(last);
+        }
+        self.story
+            .check(accepted == 101, format!("{accepted} of 101 orders got 202, one of them a broken one"));
+        let paused = eventually(async || Ok(self.paused().await?.is_some())).await?;
+        let why = self.paused().await?.unwrap_or_default();
+        self.story.check(paused, format!("the queue waits, and no attempt is spent ({why})"));
+        self.start_instances().await?;
+        let delivered = eventually(async || Ok(self.deliveries("done").await? == 100)).await?;
+        let orders = self.orders();
+        let once = orders.len() == 100 && orders.values().all(|count| *count == 1);
+        self.story.check(
+            delivered && once,
+            format!(
+                "payments is back: {} orders arrived, each with a key of its own, each once",
+                orders.len()
+            ),
+        );
+        let dead = eventually(async || Ok(self.deliveries("dead").await? == 1)).await?;
+        self.story.check(dead, "the broken one is a dead letter: `outrigger queue ls --dead` lists it");
         Ok(())
     }
 
