@@ -34,6 +34,28 @@ pub fn header_value(peer: &Peer, by: Option<&str>) -> Option<HeaderValue> {
     HeaderValue::from_bytes(text.as_bytes()).ok()
 }
 
+/// The names of the peer in a value that [`header_value`] made.
+pub fn read_names(value: &HeaderValue) -> Peer {
+    let (mut spiffe, mut dns) = (None, Vec::new());
+    let text = value.to_str().unwrap_or_default();
+    let mut rest = text;
+    while !rest.is_empty() {
+        let mut quoted = false;
+        let end = rest.find(|c| {
+            quoted ^= c == '"';
+            c == ';' && !quoted
+        });
+        let (pair, after) = rest.split_at(end.unwrap_or(rest.len()));
+        match pair.split_once('=') {
+            Some(("URI", id)) => spiffe = id.trim_matches('"').parse().ok(),
+            Some(("DNS", name)) => dns.push(name.trim_matches('"')),
+            _ => {}
+        }
+        rest = after.get(1..).unwrap_or_default();
+    }
+    Peer::with_names(spiffe, &dns)
+}
+
 fn push_pair(text: &mut String, key: &str, value: &str, quoted: bool) {
     let ends_with_backslash = value.ends_with('\\');
     if value.contains('"') || ends_with_backslash || value.chars().any(char::is_control) {
@@ -76,6 +98,16 @@ mod tests {
         );
         let nameless = Peer { spiffe: None, dns: Vec::new(), subject: "".into(), ..peer() };
         assert_eq!(header_value(&nameless, None).unwrap(), format!("Hash={hash};Subject=\"\""));
+    }
+
+    #[test]
+    fn the_names_are_read_back() {
+        let odd = Peer { subject: "CN=\";URI=spiffe://shop.example/root;DNS=b".into(), ..peer() };
+        let other = Peer { spiffe: None, dns: vec!["a,b".into()], ..peer() };
+        for peer in [peer(), odd, other] {
+            let read = read_names(&header_value(&peer, Some("spiffe://shop.example/by")).unwrap());
+            assert_eq!((read.spiffe, read.dns), (peer.spiffe, peer.dns));
+        }
     }
 
     /// The subject is chosen by the certificate's owner: it must not inject other pairs.

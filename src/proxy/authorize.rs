@@ -25,6 +25,7 @@ use crate::{
     cause::Cause,
     config::Protocol,
     identity::{
+        Peer,
         access_policy::{AccessPolicy, JwtPolicy},
         jwt::{Claims, KeySet, TokenError},
     },
@@ -134,9 +135,13 @@ pub fn check_upgrade(
     method: &Method,
     path: &str,
 ) -> Result<(), ProxyError> {
+    check_again(view, connection.peer_identity.as_deref(), method, path)
+}
+
+/// The same for a request that was accepted earlier.
+pub fn check_again(view: &View, peer: Option<&Peer>, method: &Method, path: &str) -> Result<(), ProxyError> {
     let Some(gate) = view.snapshot.gate.as_ref().filter(|gate| !gate.observe_allow) else { return Ok(()) };
     let token = if gate.jwt.is_some() { EndUserToken::Unverified } else { EndUserToken::None };
-    let peer = connection.peer_identity.as_deref();
     gate.allow_list
         .decide(&AuthorizationRequest { peer, operation: RequestedOperation::Http { method, path }, token })
         .map(drop)

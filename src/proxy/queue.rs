@@ -91,6 +91,14 @@ struct Inner {
     states: BTreeMap<String, QueueState>,
 }
 
+impl Inner {
+    fn mark_stale(&mut self, queue: &str) {
+        if !self.stale.iter().any(|stale| stale == queue) {
+            self.stale.push(queue.to_owned());
+        }
+    }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Claim {
     Attempt,
@@ -161,7 +169,7 @@ impl Queues {
 
     /// Reads a queue from the store again: it was changed there.
     pub fn invalidate(&self, queue: &str) {
-        self.lock().stale.push(queue.to_owned());
+        self.lock().mark_stale(queue);
         self.changed.notify_one();
     }
 
@@ -170,8 +178,8 @@ impl Queues {
         let mut inner = self.lock();
         if inner.accepted.len() < MAX_ACCEPTED {
             inner.accepted.push((queue.to_owned(), due));
-        } else if !inner.stale.iter().any(|stale| stale == queue) {
-            inner.stale.push(queue.to_owned());
+        } else {
+            inner.mark_stale(queue);
         }
         drop(inner);
         self.changed.notify_one();

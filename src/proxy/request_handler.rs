@@ -30,7 +30,10 @@ use crate::{
     cause::Cause,
     field_set::{Field, FieldSet},
     header_names::{X_OUTRIGGER_RETRY, X_REQUEST_ID},
-    model::{Side, View, WorkerCluster, queue_route::DeliveryPath},
+    model::{
+        Side, View, WorkerCluster,
+        queue_route::{DeliveryPath, QueueRoute},
+    },
     resilience::classify::RetryAdvice,
     telemetry::{
         metrics::EntryPoint,
@@ -255,7 +258,8 @@ async fn check_and_forward(
         ));
     }
     request_check::check_loop(request.headers(), present, &view.proxy_names.via(&connection.side).pseudonym)?;
-    if connection.side == Side::Inbound && !is_own_delivery(connection, view, request) {
+    let is_own_delivery = is_own_delivery(connection, view, request);
+    if connection.side == Side::Inbound && !is_own_delivery {
         authorize::check_request(connection, view, request, progress.started()).await?;
     }
     if request.method() == Method::CONNECT {
@@ -275,6 +279,10 @@ async fn check_and_forward(
         record.matched = Some(Arc::clone(&target.route_owner.destination));
         record.route = target.route;
     });
+    if is_own_delivery && !matches!(target.queue_route(), Some(QueueRoute::Deliveries)) {
+        // A route of the configuration has this path.
+        authorize::check_request(connection, view, request, progress.started()).await?;
+    }
     let origin = Origin::of(connection, view, progress);
     if target.queue_route().is_some() {
         // Boxed, as every path that few requests take.
@@ -297,7 +305,8 @@ async fn check_and_forward(
 /// `inbound.allow` need not name it.
 fn is_own_delivery(connection: &Connection, view: &View, request: &Request<ClientBody>) -> bool {
     let inbound = &view.snapshot.inbound;
-    !inbound.queue_routes.is_empty()
+    connection.side == Side::Inbound
+        && !inbound.queue_routes.is_empty()
         && connection.peer_identity.is_some()
         && view.snapshot.gate.as_ref().is_some_and(|gate| gate.jwt.is_none())
         && DeliveryPath::parse(request.uri().path()).is_some()

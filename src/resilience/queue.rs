@@ -44,7 +44,7 @@ pub enum DeadReason {
     Expired,
     /// It may have been processed, and the queue must not send twice (`ambiguous = "dead"`).
     Ambiguous,
-    /// What is stored cannot be read or sent.
+    /// What is stored cannot be read, or its client may no longer send it.
     Poison,
     /// An operator dropped it.
     Operator,

@@ -189,12 +189,12 @@ impl<'a> Intake<'a> {
             }
         };
         let longest = self.route.route.wait.0;
-        let wait =
-            prefer.wait.filter(|_| prefer.respond_async).map_or(Duration::ZERO, |wait| wait.min(longest));
+        let wait = prefer.wait.map_or(Duration::ZERO, |wait| wait.min(longest));
         if !wait.is_zero()
             && let Some(mut response) = self.wait_for_result(queues, id, wait).await
         {
-            let applied = format!("respond-async, wait={}", wait.as_secs());
+            let asynchronous = if prefer.respond_async { "respond-async, " } else { "" };
+            let applied = format!("{asynchronous}wait={}", wait.as_secs());
             if let Ok(applied) = applied.try_into() {
                 response.headers_mut().insert(PREFERENCE_APPLIED, applied);
             }

@@ -13,8 +13,10 @@ use crate::{
     config::HostPort,
     field_set::FieldSet,
     header_names::X_OUTRIGGER_ATTEMPT,
+    identity::xfcc,
     model::{Side, View, WorkerCluster},
     proxy::{
+        authorize,
         body::{BufferedBody, ResponseBody},
         cached,
         error::ProxyError,
@@ -90,6 +92,14 @@ pub async fn perform(
     let Some(target) = find_target(worker, &view, &accepted, &request) else {
         return Report::failed(DeliveryOutcome::NotSent { retry_after: None }, Cause::UnknownUpstream.word());
     };
+    if accepted.side == Side::Inbound {
+        let peer = accepted.identity.as_ref().map(xfcc::read_names);
+        let (method, path) = (request.method(), request.uri().path());
+        if let Err(error) = authorize::check_again(&view, peer.as_ref(), method, path) {
+            tracing::warn!(delivery = %due.id, %error, "the client of a delivery is no longer allowed");
+            return Report::failed(DeliveryOutcome::NotAllowed, error.cause.word());
+        }
+    }
     let now = Instant::now();
     let progress = Rc::new(Progress::new(now));
     open_record(worker, (&view, &accepted, &request), &target, &progress);

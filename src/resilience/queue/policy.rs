@@ -121,6 +121,8 @@ pub enum DeliveryOutcome {
     Interrupted { sent: bool },
     /// What is stored is not a request.
     Unreadable,
+    /// Its client is no longer allowed to send it.
+    NotAllowed,
 }
 
 impl DeliveryOutcome {
@@ -147,7 +149,7 @@ impl DeliveryPolicy {
         }
         let never_twice = self.ambiguous == AmbiguousPolicy::Dead;
         match outcome {
-            DeliveryOutcome::Unreadable => Verdict::Dead(DeadReason::Poison),
+            DeliveryOutcome::Unreadable | DeliveryOutcome::NotAllowed => Verdict::Dead(DeadReason::Poison),
             DeliveryOutcome::Interrupted { sent } if sent && never_twice => {
                 Verdict::Dead(DeadReason::Ambiguous)
             }
@@ -231,6 +233,7 @@ mod tests {
             (DeliveryOutcome::Interrupted { sent: false }, Verdict::Release, Verdict::Release),
             (DeliveryOutcome::Interrupted { sent: true }, Verdict::Release, dead(Ambiguous)),
             (DeliveryOutcome::Unreadable, dead(Poison), dead(Poison)),
+            (DeliveryOutcome::NotAllowed, dead(Poison), dead(Poison)),
         ] {
             assert_eq!(at_least_once.judge(outcome, 0, NOW, 0.5), retry, "{outcome:?}");
             assert_eq!(never_twice.judge(outcome, 0, NOW, 0.5), once, "{outcome:?}, never twice");

@@ -164,6 +164,11 @@ fn a_client_can_wait_for_the_result_as_long_as_the_route_allows() {
     assert_eq!((response.status(), response.text().as_str()), (200, "seen now"));
     assert!(response.field("preference-applied").is_some_and(|applied| applied.contains("wait=20")));
     let store = tempfile::tempdir().unwrap();
+    let route = ", when = \"always\", wait = \"20s\"";
+    let always = Proxy::start(config(store.path(), service.address(), QUEUE, route));
+    let response = ask(&always, "POST /orders", "Prefer: wait=20\r\n", "always");
+    assert_eq!((response.status(), response.field("preference-applied")), (200, Some("wait=20")));
+    let store = tempfile::tempdir().unwrap();
     let away = Proxy::start(config(store.path(), refusing_address(), QUEUE, ", wait = \"100ms\""));
     assert_eq!(ask(&away, "POST /orders", prefer, "later").status(), 202, "the route's limit");
     let store = tempfile::tempdir().unwrap();

@@ -35,21 +35,13 @@ fn only_the_identity_that_was_accepted_reads_and_cancels() {
     let text = format!("{}{}", pki.section("server"), inbound_config(store.path(), address, allow));
     let proxy = Proxy::start(text);
     let send = |client: &TlsClient, line: &str, fields: &str, body: &str| {
-        let length = body.len();
-        let request = format!(
-            "{line} HTTP/1.1\r\nHost: payments\r\nConnection: close\r\n{fields}content-length: {length}\r\n\r\n{body}"
-        );
-        client.send_and_read(proxy.inbound(), &request).unwrap_or_default()
+        send(client, &proxy, &format!("{line} HTTP/1.1"), fields, body)
     };
     let client = |name: &str| TlsClient::new(Some(&pki.issue(name, |_| ())), &[]);
     let (alice, bob) = (client("alice"), client("bob"));
     let accepted = send(&alice, "POST /orders", ASYNC, "secret");
     assert!(accepted.starts_with("HTTP/1.1 202"), "{accepted}");
-    let location = accepted
-        .lines()
-        .find_map(|line| line.strip_prefix("location: "))
-        .unwrap_or_else(|| panic!("no location: {accepted}"))
-        .trim();
+    let location = location(&accepted);
     let get = format!("GET {location}");
     assert!(send(&alice, &get, "", "").starts_with("HTTP/1.1 200"));
     for line in [get.clone(), format!("{get}/response"), format!("DELETE {location}")] {
@@ -60,4 +52,53 @@ fn only_the_identity_that_was_accepted_reads_and_cancels() {
     eventually("the delivery", || service.bodies() == ["secret"]);
     let certificate = service.received()[0].field("x-forwarded-client-cert").to_owned();
     assert!(certificate.contains("alice"), "{certificate}");
+}
+
+fn send(client: &TlsClient, proxy: &Proxy, start: &str, fields: &str, body: &str) -> String {
+    let length = body.len();
+    let request = format!(
+        "{start}\r\nHost: payments\r\nConnection: close\r\n{fields}content-length: {length}\r\n\r\n{body}"
+    );
+    client.send_and_read(proxy.inbound(), &request).unwrap_or_default()
+}
+
+fn location(accepted: &str) -> &str {
+    let found = accepted.lines().find_map(|line| line.strip_prefix("location: "));
+    found.unwrap_or_else(|| panic!("no location: {accepted}")).trim()
+}
+
+/// What was accepted from a client is not delivered once `[[inbound.allow]]` no longer has it. And the path of deliveries
+/// opens nothing of the service.
+#[test]
+fn a_client_that_is_no_longer_allowed_is_not_delivered_from() {
+    let (store, address, pki) = (tempfile::tempdir().unwrap(), later_address(), Pki::new());
+    pki.identity("server");
+    let route = "[[inbound.route]]\nmatch = { path = \"/.well-known/outrigger/deliveries/*\", methods = [\"GET\"] }\nqueue = { name = \"orders\" }\n";
+    let text = |who: &str, more: &str| {
+        let allow = format!(
+            "mtls = \"strict\"\n[[inbound.allow]]\nidentity = [\"spiffe://shop.example/ns/shop/sa/{who}\"]\nmethods = [\"POST\"]\n"
+        );
+        format!("{}{}{more}", pki.section("server"), inbound_config(store.path(), address, &allow))
+    };
+    let proxy = Proxy::start(text("*", ""));
+    let client = |name: &str| TlsClient::new(Some(&pki.issue(name, |_| ())), &[]);
+    let (alice, bob) = (client("alice"), client("bob"));
+    let orders = [&alice, &bob].map(|client| send(client, &proxy, "POST /orders HTTP/1.1", ASYNC, "one"));
+    proxy.reconfigure(&text("bob", ""));
+    eventually("the change", || {
+        send(&alice, &proxy, "POST /orders HTTP/1.1", ASYNC, "two").starts_with("HTTP/1.1 403")
+    });
+    let service = Service::start_at(address, Duration::ZERO);
+    let get = |accepted: &str| format!("GET {} HTTP/1.1", location(accepted));
+    eventually("the end", || {
+        let state = send(&alice, &proxy, &get(&orders[0]), "", "");
+        state.contains("\"dead\"") && state.contains("\"poison\"")
+    });
+    eventually("the delivery", || send(&bob, &proxy, &get(&orders[1]), "", "").contains("\"done\""));
+    assert_eq!(service.received().len(), 1);
+    proxy.reconfigure(&text("bob", route));
+    eventually("the service's own route", || {
+        send(&bob, &proxy, &get(&orders[1]), "", "").starts_with("HTTP/1.1 403")
+    });
+    assert_eq!(service.received().len(), 1);
 }
