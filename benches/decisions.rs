@@ -13,7 +13,9 @@ use std::{
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, StatusCode, Version};
 use outrigger::{
-    config::{Balance, ForwardedHeaders, HeaderEdits, Source, Sources, load_sources},
+    config::{
+        Balance, ForwardedHeaders, HeaderEdits, Policy, Route, RouteMatch, Source, Sources, load_sources,
+    },
     field_set::FieldSet,
     model::{CompiledEdits, Router, Via},
     proxy::{
@@ -265,7 +267,10 @@ fn rewriting(c: &mut Criterion) {
         set: [("x-team".to_owned(), outrigger::redact::Secret::redact_url("shop"))].into_iter().collect(),
         remove: vec!["user-agent".to_owned()],
     };
-    let edits = CompiledEdits::new(&edit, &HeaderEdits::default());
+    let edits = CompiledEdits::new(&Route {
+        request_headers: edit,
+        ..Route::new(RouteMatch::default(), Policy::default())
+    });
     group.bench_function("edits of a route", |b| {
         b.iter_batched(
             setup,

@@ -11,6 +11,8 @@ pub enum Cause {
     DeniedNetwork,
     UnknownUpstream,
     NotAllowed,
+    /// The route's API version is no longer served.
+    Sunset,
     JwtInvalid,
     /// The issuer of tokens, or its keys, cannot be reached: tokens cannot be checked or obtained.
     AuthUnavailable,
@@ -67,18 +69,20 @@ pub enum GrpcCode {
     DeadlineExceeded = 4,
     PermissionDenied = 7,
     ResourceExhausted = 8,
+    Unimplemented = 12,
     Internal = 13,
     Unavailable = 14,
     Unauthenticated = 16,
 }
 
 impl Cause {
-    pub const ALL: [Self; 33] = [
+    pub const ALL: [Self; 34] = [
         Self::DnsFailure,
         Self::DnsTimeout,
         Self::DeniedNetwork,
         Self::UnknownUpstream,
         Self::NotAllowed,
+        Self::Sunset,
         Self::JwtInvalid,
         Self::AuthUnavailable,
         Self::NoEndpoint,
@@ -110,7 +114,10 @@ impl Cause {
     ];
 
     pub const fn info(self) -> CauseInfo {
-        use GrpcCode::{DeadlineExceeded, PermissionDenied, ResourceExhausted, Unauthenticated, Unavailable};
+        use GrpcCode::{
+            DeadlineExceeded, PermissionDenied, ResourceExhausted, Unauthenticated, Unavailable,
+            Unimplemented,
+        };
         const fn info(
             word: &'static str,
             status: StatusCode,
@@ -155,6 +162,13 @@ impl Cause {
                 PermissionDenied,
                 "http_request_denied",
                 "The client is not allowed to send this request",
+            ),
+            Self::Sunset => info(
+                "sunset",
+                StatusCode::GONE,
+                Unimplemented,
+                "http_request_denied",
+                "This version of the API is no longer served",
             ),
             Self::JwtInvalid => info(
                 "jwt_invalid",

@@ -1,9 +1,13 @@
 //! Durations, sizes and ratios as written in the configuration.
 
+mod date;
+
 use std::{borrow::Cow, fmt, ops::Deref, str::FromStr, time::Duration};
 
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
+
+pub use date::{DATE_TYPE_NAME, Date};
 
 /// A duration written `"250ms"`, `"10s"`, `"1m30s"`, `"1h"`; units `us`, `ms`, `s`, `m`, `h`, `d`.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Hash)]

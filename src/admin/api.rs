@@ -15,7 +15,7 @@ use http_body::Body;
 use http_body_util::{BodyExt, Full};
 
 use super::{
-    breaker, cache, deliveries, host_check, probes::Probes, reload, status::Status, token::AdminToken,
+    breaker, cache, deliveries, host_check, probes::Probes, reload, split, status::Status, token::AdminToken,
 };
 use crate::{
     admin::exposition::{self, ExpositionFormat},
@@ -102,6 +102,9 @@ const ROUTES: &[Route] = &[
     read("/config", false, |control, parts, _| config(control, &parts.headers)),
     change(Method::POST, "/upstreams/NAME/breaker", |control, parts, body| {
         breaker::force(control, breaker::upstream_from_path(parts.uri.path()).unwrap_or_default(), body)
+    }),
+    change(Method::POST, "/upstreams/NAME/routes/NAME/split", |control, parts, body| {
+        split::set(control, parts.uri.path(), body)
     }),
     // URLs may hold private data.
     change(Method::GET, cache::LIST_PATH, |control, _, _| cache::list(control)),

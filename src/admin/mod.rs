@@ -10,9 +10,11 @@ pub mod deliveries;
 pub mod exposition;
 mod host_check;
 mod listen;
+pub mod mirror;
 mod probes;
 pub mod queues;
 pub mod reload;
+pub mod split;
 pub mod status;
 #[cfg(test)]
 mod tests;

@@ -7,7 +7,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use super::token_status::TokenStatus;
+use super::{mirror::MirrorStatus, split::SplitStatus, token_status::TokenStatus};
 use crate::{
     model::Cluster,
     resilience::breaker::BreakerMode,
@@ -38,6 +38,12 @@ pub struct UpstreamStatus {
     /// The token for its requests, with `oauth2`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub token: Option<TokenStatus>,
+    /// Its routes whose requests are divided among upstreams.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub splits: Vec<SplitStatus>,
+    /// Its routes whose requests are copied to another upstream.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub mirrors: Vec<MirrorStatus>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -127,6 +133,8 @@ impl UpstreamStatus {
             rejected: nonzero(&policy_state.counters.rejected),
             cache: nonzero(&policy_state.counters.cache),
             token: cluster.token.as_deref().map(TokenStatus::of),
+            splits: SplitStatus::all_of(cluster),
+            mirrors: MirrorStatus::all_of(cluster),
         }
     }
 }

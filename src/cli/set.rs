@@ -10,6 +10,7 @@ use crate::{
     admin::{
         breaker::{self, OverrideState},
         client::AdminClientError,
+        split::{self, SplitOverride, SplitStatus},
         upstreams::BreakerStatus,
     },
     telemetry::log::LogFilter,
@@ -21,6 +22,7 @@ use crate::{
 #[command(after_help = "\
 Examples:
   outrigger set breaker payments open --for 10m
+  outrigger set split shop/orders 10
   outrigger set log debug
   outrigger set log warn,outrigger::upstream=debug")]
 pub struct SetArgs {
@@ -31,6 +33,7 @@ pub struct SetArgs {
 #[derive(Subcommand, Debug)]
 enum Setting {
     Breaker(SetBreakerArgs),
+    Split(SetSplitArgs),
     Log(SetLogArgs),
 }
 
@@ -55,6 +58,32 @@ struct SetBreakerArgs {
     admin: AdminArgs,
 }
 
+/// Change how many requests of a route go to the last upstream of its `to`.
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
+  outrigger set split shop/orders 10     10 % to the last upstream, the rest to the others
+  outrigger set split shop/orders 0      none: back to what served before
+  outrigger set split shop/orders auto   the weights of the configuration again
+
+It lasts until the weights in the configuration change or the sidecar restarts.")]
+struct SetSplitArgs {
+    /// The upstream and the `name` of its route
+    #[arg(value_name = "UPSTREAM/ROUTE", value_parser = route_name)]
+    route: RouteName,
+    /// Percent, 0 to 100, or auto
+    #[arg(value_parser = percent)]
+    share: SplitOverride,
+    #[command(flatten)]
+    admin: AdminArgs,
+}
+
+#[derive(Clone, Debug)]
+struct RouteName {
+    upstream: String,
+    route: String,
+}
+
 /// Change the log filter.
 #[derive(Args, Debug)]
 #[command(after_help = "\
@@ -72,6 +101,7 @@ struct SetLogArgs {
 pub fn run(args: SetArgs) -> ExitCode {
     match args.setting {
         Setting::Breaker(args) => finish(set_breaker(args)),
+        Setting::Split(args) => finish(set_split(args)),
         Setting::Log(args) => finish(set_log(args)),
     }
 }
@@ -94,12 +124,46 @@ async fn set_breaker(args: SetBreakerArgs) -> Result<(), AdminClientError> {
     Ok(())
 }
 
+async fn set_split(args: SetSplitArgs) -> Result<(), AdminClientError> {
+    let SetSplitArgs { route: RouteName { upstream, route }, share, admin } = args;
+    let client = admin.client();
+    let response = client.change(Method::POST, &split::path(&upstream, &route), share.to_json()).await?;
+    let unexpected = |error: serde_json::Error| AdminClientError::NotAdminServer {
+        address: client.address(),
+        reason: error.to_string(),
+    };
+    let now: SplitStatus = serde_json::from_slice(&response).map_err(unexpected)?;
+    println!("{upstream}/{route}: {}", now.shares());
+    Ok(())
+}
+
 async fn set_log(args: SetLogArgs) -> Result<(), AdminClientError> {
     let SetLogArgs { filter, admin } = args;
     let client = admin.client();
     client.change(Method::PUT, "/log", filter.to_string()).await?;
     println!("{}: log filter is now {filter}", client.address());
     Ok(())
+}
+
+/// UPSTREAM/ROUTE.
+fn route_name(text: &str) -> Result<RouteName, String> {
+    let (upstream, route) = text.split_once('/').ok_or_else(|| {
+        format!("write UPSTREAM/ROUTE, e.g. {text}/orders, where the route has `name = \"orders\"`")
+    })?;
+    Ok(RouteName {
+        upstream: upstream_name(upstream)?,
+        route: upstream_name(route).map_err(|_| "not a valid route name".to_owned())?,
+    })
+}
+
+/// A percentage, or `auto`.
+fn percent(text: &str) -> Result<SplitOverride, String> {
+    if text == "auto" {
+        return Ok(SplitOverride { percent: None });
+    }
+    let number = text.strip_suffix('%').unwrap_or(text).parse().ok().filter(|percent| *percent <= 100);
+    let percent = number.ok_or_else(|| "write a whole number from 0 to 100, or auto".to_owned())?;
+    Ok(SplitOverride { percent: Some(percent) })
 }
 
 /// Validates an upstream's name, which becomes a path segment.

@@ -1,5 +1,7 @@
 //! `outrigger status`
 
+mod splits;
+
 use std::{
     collections::BTreeMap,
     fmt::Write as _,
@@ -265,7 +267,11 @@ fn write_upstreams(out: &mut String, status: &Status) -> std::fmt::Result {
         let error = token.error.as_deref().unwrap_or_default();
         rows.push(row([name, valid.as_deref().unwrap_or("none"), error]));
     }
-    if rows.len() > 1 { table(out, &rows) } else { Ok(()) }
+    if rows.len() > 1 {
+        table(out, &rows)?;
+    }
+    let rows = splits::rows(all());
+    if rows.is_empty() { Ok(()) } else { table(out, &rows) }
 }
 
 fn write_cache(out: &mut String, status: &Status) -> std::fmt::Result {

@@ -6,7 +6,7 @@ use serde_json::{Map, Value as Json, json};
 use super::{
     Admin, Identity, Outbound, Policy, Runtime, Service, Telemetry,
     queues::InboundRouteKeys,
-    resolve::{InboundKeys, RouteKeys, UpstreamKeys},
+    resolve::{InboundKeys, UpstreamKeys, route::RouteKeys},
 };
 use crate::{queue::store::settings::StoreSettings, resilience::queue::keys::QueueSettings};
 

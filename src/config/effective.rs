@@ -83,16 +83,11 @@ mod tests {
         let mut upstream = Upstream::new("payments", Endpoints::Fixed(Vec::new()), Policy::default());
         let set = [("authorization", "Bearer abc"), ("x-api-key", "abc"), ("x-tier", "1")];
         upstream.routes.push(Route {
-            matches: RouteMatch::default(),
-            to: None,
-            path_rewrite: None,
             request_headers: HeaderEdits {
                 set: set.map(|(k, v)| (k.to_owned(), Secret::redact_url(v))).into_iter().collect(),
                 remove: Vec::new(),
             },
-            response_headers: HeaderEdits::default(),
-            queue: None,
-            policy: Policy::default(),
+            ..Route::new(RouteMatch::default(), Policy::default())
         });
         let mut config = Config { upstreams: vec![upstream], ..Config::default() };
         config.admin.token_file = Some("/run/token".into());

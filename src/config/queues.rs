@@ -4,7 +4,7 @@ use schemars::JsonSchema;
 use serde::Deserialize;
 
 use super::{
-    HeaderEdits, Policy, Problem, Route, RouteMatch,
+    Policy, Problem, Route, RouteMatch,
     diagnostic::Problems,
     node::{Node, Value},
     read::read,
@@ -12,7 +12,10 @@ use super::{
 };
 use crate::{
     queue::store::settings::StoreSettings,
-    resilience::queue::keys::{QueueSettings, RouteQueue},
+    resilience::{
+        deprecation::DeprecationSettings,
+        queue::keys::{QueueSettings, RouteQueue},
+    },
 };
 
 /// `[[inbound.route]]`, as written.
@@ -22,6 +25,10 @@ pub(super) struct InboundRouteKeys {
     /// All given conditions must hold; the most specific match wins.
     #[serde(rename = "match")]
     matches: RouteMatch,
+    /// Its name in metrics.
+    name: Option<String>,
+    /// Announces the end of the version that it serves; absent: none.
+    deprecation: Option<DeprecationSettings>,
     /// Keeps requests in a `[[queue]]` and delivers them later; absent: none.
     queue: Option<RouteQueue>,
 }
@@ -43,13 +50,10 @@ pub(super) fn inbound_routes(inbound: &mut Node, policy: &Policy, problems: &mut
     for item in list(&entry.node, "inbound.route", problems) {
         let Some(keys) = read::<InboundRouteKeys>(item, &[], problems) else { continue };
         let route = Route {
-            matches: keys.matches,
-            to: None,
-            path_rewrite: None,
-            request_headers: HeaderEdits::default(),
-            response_headers: HeaderEdits::default(),
+            name: keys.name,
+            deprecation: keys.deprecation,
             queue: keys.queue,
-            policy: policy.clone(),
+            ..Route::new(keys.matches, policy.clone())
         };
         validate::route(&route, item, problems);
         routes.push(route);

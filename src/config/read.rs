@@ -13,7 +13,10 @@ use super::{
     node::{Node, NodeEntry, Value},
     source::Origin,
 };
-use crate::redact::{REDACTED, SECRET_TYPE_NAME, is_credential_name};
+use crate::{
+    redact::{REDACTED, SECRET_TYPE_NAME, is_credential_name},
+    units::DATE_TYPE_NAME,
+};
 
 /// Reads a value and reports what is invalid; `None` if no value can be made of the rest.
 ///
@@ -329,6 +332,11 @@ impl<'de> de::Deserializer<'de> for Reader<'_, '_> {
                 Value::String { text, expanded: true } => visitor.visit_bytes(text.as_bytes()),
                 _ => self.any(visitor),
             };
+        }
+        if name == DATE_TYPE_NAME
+            && let Value::Datetime(text) = &self.node.value
+        {
+            return visitor.visit_str(text).map_err(|error: Error| error.at(self.node));
         }
         visitor.visit_newtype_struct(self).map_err(|error: Error| error.at(self.node))
     }

@@ -1,12 +1,13 @@
 //! Resolves the merged tree into a [`Config`]: inheritance, and defaults that depend on other keys.
 
+pub(super) mod route;
+
 use schemars::JsonSchema;
 use serde::{Deserialize, de::DeserializeOwned};
 
 use super::{
-    Balance, Config, Endpoints, ForwardedHeaders, HeaderCase, HeaderEdits, HealthCheck, HostMatch,
-    HostPattern, HostPort, Inbound, InboundPort, ListenAddr, Policy, PoolIdleTimeout, Problem, Protocol,
-    Route, RouteMatch, Upstream,
+    Balance, Config, Endpoints, ForwardedHeaders, HeaderCase, HealthCheck, HostMatch, HostPattern, HostPort,
+    Inbound, InboundPort, ListenAddr, Policy, PoolIdleTimeout, Problem, Protocol, Upstream,
     diagnostic::Problems,
     merge::merge_tables,
     node::{Node, NodeEntry, Table, Value},
@@ -17,11 +18,7 @@ use super::{
     user_timeout::UserTimeout,
     validate,
 };
-use crate::{
-    authorization::AllowSettings,
-    resilience::{limit::LimitSettings, queue::keys::RouteQueue},
-    units::HumanDuration,
-};
+use crate::{authorization::AllowSettings, resilience::limit::LimitSettings, units::HumanDuration};
 
 /// The tables of the file.
 pub(super) const SECTIONS: [&str; 11] = [
@@ -159,25 +156,6 @@ fn ping_timeout() -> HumanDuration {
     PING_TIMEOUT
 }
 
-/// `[[upstream.route]]` without its policy keys, as written.
-#[derive(Deserialize, JsonSchema, Default)]
-#[serde(default, deny_unknown_fields)]
-pub(super) struct RouteKeys {
-    /// All given conditions must hold; the most specific match wins.
-    #[serde(rename = "match")]
-    matches: RouteMatch,
-    /// Another upstream that serves the matching requests.
-    to: Option<String>,
-    /// Replaces the matched literal prefix.
-    path_rewrite: Option<String>,
-    /// Edits of the request's header fields on the way to the upstream.
-    request_headers: HeaderEdits,
-    /// Edits of the response's header fields on the way to the client.
-    response_headers: HeaderEdits,
-    /// Keeps requests in a `[[queue]]` and delivers them later; absent: none.
-    queue: Option<RouteQueue>,
-}
-
 /// Reads the whole tree. Values that could not be read are reported in `problems` and have their defaults here.
 pub(super) fn resolve(root: &Node, service_name: String, problems: &mut Problems) -> Config {
     for (key, entry) in root.as_table().into_iter().flatten() {
@@ -289,7 +267,8 @@ fn upstream(
         sets_request_limits: policy.sets_request_limits || limits_requests,
         ..policy
     });
-    let routes = route_nodes.map_or_else(Vec::new, |entry| routes(&entry.node, &policy_keys, problems));
+    let routes =
+        route_nodes.map_or_else(Vec::new, |entry| route::routes(&entry.node, &policy_keys, problems));
     let also: Vec<&str> = POLICY_KEYS.into_iter().chain(["route"]).collect();
     let keys: UpstreamKeys = read(&own, &also, problems)?;
 
@@ -362,39 +341,6 @@ fn default_endpoints(first: Option<&HostPattern>, tls: TlsMode) -> Option<Endpoi
     } else {
         Endpoints::Dns(address)
     })
-}
-
-fn routes(node: &Node, inherited: &Table, problems: &mut Problems) -> Vec<Route> {
-    let Some(items) = node.as_array() else {
-        problems.push(
-            Problem::error(node.origin, "routes are a list")
-                .label(format!("expected [[upstream.route]], found {}", node.kind())),
-        );
-        return Vec::new();
-    };
-    items.iter().filter_map(|item| route(item, inherited, problems)).collect()
-}
-
-fn route(node: &Node, inherited: &Table, problems: &mut Problems) -> Option<Route> {
-    let (policy_keys, own) = split_policy_keys(node);
-    let route_sets_timeout = policy_keys.contains_key("timeout");
-    let route_sets_attempt_timeout = policy_keys.contains_key("attempt_timeout");
-    let limits_requests = limits_requests(&policy_keys);
-    let policy = policy(node, Some(inherit(inherited, policy_keys)), problems);
-    let keys: RouteKeys = read(&own, &POLICY_KEYS, problems)?;
-    let mut policy = Policy { route_sets_timeout, route_sets_attempt_timeout, ..policy? };
-    policy.sets_request_limits |= limits_requests;
-    let route = Route {
-        matches: keys.matches,
-        to: keys.to,
-        path_rewrite: keys.path_rewrite,
-        request_headers: keys.request_headers,
-        response_headers: keys.response_headers,
-        queue: keys.queue,
-        policy,
-    };
-    validate::route(&route, node, problems);
-    Some(route)
 }
 
 /// The policy keys of a table, and its other keys.

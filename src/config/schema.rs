@@ -6,15 +6,15 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    AdminListen, HostMatch, HostPattern, HostPort, ListenAddr, Network, Policy, hints,
+    AdminListen, HostMatch, HostPattern, HostPort, ListenAddr, Network, Policy, Route, hints,
     security::{Identity, Jwt, Mtls, Oauth2, UpstreamTls},
     user_timeout::UserTimeout,
 };
 use crate::{
     authorization::AllowSettings,
     queue::store::settings::StoreSettings,
-    redact::{HeaderFields, Secret},
-    resilience::queue::keys::{QueueSettings, RouteQueue},
+    redact::Secret,
+    resilience::queue::keys::QueueSettings,
     text_value,
     units::{HumanDuration, Ratio},
 };
@@ -226,45 +226,6 @@ pub struct Upstream {
     pub routes: Vec<Route>,
 }
 
-/// `[[upstream.route]]` or `[[inbound.route]]`, resolved.
-#[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct Route {
-    pub matches: RouteMatch,
-    /// Another upstream that serves the matching requests.
-    pub to: Option<String>,
-    /// Replaces the matched literal prefix.
-    pub path_rewrite: Option<String>,
-    pub request_headers: HeaderEdits,
-    pub response_headers: HeaderEdits,
-    /// Keeps requests and delivers them later.
-    pub queue: Option<RouteQueue>,
-    pub policy: Policy,
-}
-
-/// `match = { … }`: all given conditions must hold.
-#[derive(Clone, Debug, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
-#[serde(default, deny_unknown_fields)]
-pub struct RouteMatch {
-    /// The methods that match; empty: all.
-    pub methods: Vec<String>,
-    /// The path that matches, or a prefix if it ends in `*`.
-    pub path: Option<String>,
-    /// Header names and the values they must have.
-    pub headers: HeaderFields,
-}
-
-impl fmt::Display for RouteMatch {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut parts = Vec::new();
-        if !self.methods.is_empty() {
-            parts.push(self.methods.join("|"));
-        }
-        parts.extend(self.path.clone());
-        parts.extend(self.headers.iter().map(|(name, value)| format!("{name}: {value}")));
-        f.write_str(&if parts.is_empty() { "any request".to_owned() } else { parts.join(" ") })
-    }
-}
-
 impl AccessLog {
     pub const fn word(self) -> &'static str {
         match self {
@@ -273,16 +234,6 @@ impl AccessLog {
             Self::All => "all",
         }
     }
-}
-
-/// `request_headers`, `response_headers`.
-#[derive(Clone, Debug, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
-#[serde(default, deny_unknown_fields)]
-pub struct HeaderEdits {
-    /// Fields to set; existing values are replaced.
-    pub set: HeaderFields,
-    /// Fields to remove.
-    pub remove: Vec<String>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]

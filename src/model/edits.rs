@@ -1,14 +1,19 @@
-//! The header edits of a route, parsed once.
+//! What a route changes in the headers of its requests and responses, parsed once.
 
 use http::{HeaderMap, HeaderName, HeaderValue};
 
-use crate::config::HeaderEdits;
+use crate::{
+    config::{HeaderEdits, Route},
+    resilience::deprecation::Deprecation,
+};
 
 /// Header edits of a route, parsed once.
 #[derive(Clone, Debug, Default)]
 pub struct CompiledEdits {
     pub request: Edits,
     pub response: Edits,
+    /// Announced in its responses.
+    pub deprecation: Option<Deprecation>,
 }
 
 #[derive(Clone, Debug, Default)]
@@ -18,8 +23,13 @@ pub struct Edits {
 }
 
 impl CompiledEdits {
-    pub fn new(request: &HeaderEdits, response: &HeaderEdits) -> Self {
-        Self { request: Edits::new(request), response: Edits::new(response) }
+    pub fn new(route: &Route) -> Self {
+        Self {
+            request: Edits::new(&route.request_headers),
+            response: Edits::new(&route.response_headers),
+            // A validated configuration has no invalid link.
+            deprecation: route.deprecation.as_ref().and_then(|settings| Deprecation::new(settings).ok()),
+        }
     }
 }
 

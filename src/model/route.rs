@@ -8,6 +8,8 @@
 //! the path is forwarded as received. The cost of neither lookup grows with the number of hosts or routes: one hash
 //! lookup per distinct prefix length, or per label of the host.
 
+mod version;
+
 use std::{borrow::Cow, cmp::Reverse, collections::HashMap};
 
 use http::{HeaderMap, HeaderName, HeaderValue, Method, uri::PathAndQuery};
@@ -15,6 +17,7 @@ use http::{HeaderMap, HeaderName, HeaderValue, Method, uri::PathAndQuery};
 use super::queue_route::DELIVERIES;
 use crate::config::{Config, HostMatch, HostPattern, Route};
 pub use crate::url_path::normalise;
+use version::VersionRule;
 
 /// All hosts and routes of a configuration.
 #[derive(Debug, Default)]
@@ -128,6 +131,7 @@ struct Rule {
     /// Empty: any method.
     methods: Vec<Method>,
     headers: Vec<(HeaderName, HeaderValue)>,
+    version: Option<VersionRule>,
 }
 
 #[derive(Debug)]
@@ -144,7 +148,7 @@ impl Routes {
             compiled.rewrites.push(None);
             // A validated configuration has only valid names; a rule with an invalid one never matches.
             let Some(rule) = Rule::new(index, route) else { continue };
-            let bucket = match route.matches.path.as_deref().map(Pattern::new) {
+            let bucket = match route.matches.path_pattern().as_deref().map(Pattern::new) {
                 None => &mut compiled.pathless,
                 Some(pattern) => {
                     compiled.rewrites[index] = route.path_rewrite.as_ref().map(|replacement| Rewrite {
@@ -159,7 +163,8 @@ impl Routes {
         }
         if routes.iter().any(|route| route.queue.is_some()) {
             // Its index follows those of the routes: see `queue_routes`.
-            let deliveries = Rule { route: routes.len(), methods: Vec::new(), headers: Vec::new() };
+            let deliveries =
+                Rule { route: routes.len(), methods: Vec::new(), headers: Vec::new(), version: None };
             compiled.prefixes.entry(DELIVERIES.to_owned()).or_default().insert(0, deliveries);
         }
         compiled.lengths = compiled.prefixes.keys().map(String::len).collect();
@@ -168,19 +173,18 @@ impl Routes {
         let buckets = compiled.exact.values_mut().chain(compiled.prefixes.values_mut());
         for bucket in buckets.chain([&mut compiled.pathless]) {
             // A stable sort: equally specific routes keep the order of the file.
-            bucket.sort_by_key(|rule| (Reverse(rule.headers.len()), rule.methods.is_empty()));
+            bucket.sort_by_key(|rule| (Reverse(rule.fields()), rule.methods.is_empty()));
         }
         compiled
     }
 
     /// The index of the most specific route that matches. `path` is the raw path; a query is ignored.
     pub fn find(&self, method: &Method, path: &str, headers: &HeaderMap) -> Option<usize> {
-        let first =
-            |rules: &Vec<Rule>| rules.iter().find(|rule| rule.matches(method, headers)).map(|r| r.route);
         if self.exact.is_empty() && self.prefixes.is_empty() {
-            return first(&self.pathless);
+            return first(&self.pathless, method, path, headers);
         }
         let path = normalise(path);
+        let first = |rules: &Vec<Rule>| first(rules, method, &path, headers);
         self.exact
             .get(path.as_ref())
             .and_then(first)
@@ -209,6 +213,11 @@ impl Routes {
     }
 }
 
+/// The first rule that matches a request.
+fn first(rules: &[Rule], method: &Method, path: &str, headers: &HeaderMap) -> Option<usize> {
+    rules.iter().find(|rule| rule.matches(method, path, headers)).map(|rule| rule.route)
+}
+
 impl Rule {
     fn new(route: usize, settings: &Route) -> Option<Self> {
         let methods = settings.matches.methods.iter().map(|method| method.parse().ok());
@@ -221,15 +230,25 @@ impl Rule {
             route,
             methods: methods.collect::<Option<_>>()?,
             headers: headers.collect::<Option<_>>()?,
+            version: match &settings.matches.version {
+                Some(version) => Some(VersionRule::new(version)?),
+                None => None,
+            },
         })
     }
 
-    fn matches(&self, method: &Method, headers: &HeaderMap) -> bool {
+    /// How many fields it compares.
+    fn fields(&self) -> usize {
+        self.headers.len() + usize::from(self.version.is_some())
+    }
+
+    fn matches(&self, method: &Method, path: &str, headers: &HeaderMap) -> bool {
         (self.methods.is_empty() || self.methods.contains(method))
             && self
                 .headers
                 .iter()
                 .all(|(name, value)| headers.get_all(name).iter().any(|other| other == value))
+            && self.version.as_ref().is_none_or(|version| version.matches(path, headers))
     }
 }
 

@@ -1,7 +1,6 @@
 //! The configuration as the data path uses it: prepared once, replaced as a whole on reload.
 
 use std::{
-    collections::HashMap,
     hash::{DefaultHasher, Hash, Hasher},
     net::IpAddr,
     sync::Arc,
@@ -10,37 +9,18 @@ use std::{
 
 use rustls_pki_types::ServerName;
 
-use tokio::runtime::Handle;
-
 use crate::{
     cache::Store,
-    config::{
-        self, Config, Endpoints, ForwardedHeaders, HeaderEdits, HostMatch, HostPort, ObservablePolicy, Policy,
-    },
-    discovery::{self, Discovery},
-    dns::Resolver,
-    fetch::Fetcher,
-    identity::{
-        access_policy::AccessPolicy,
-        jwt,
-        oauth2::{TokenRenewer, UpstreamToken},
-        store::IdentityStore,
-        tls::ClientTls,
-    },
-    model::{
-        CompiledEdits, Router,
-        queue_route::{QueueRoute, queue_routes},
-    },
+    config::{self, Config, Endpoints, ForwardedHeaders, HeaderEdits, HostMatch, ObservablePolicy, Policy},
+    identity::{access_policy::AccessPolicy, oauth2::UpstreamToken, tls::ClientTls},
+    model::{CompiledEdits, RouteDestination, RouteMirror, Router, queue_route::QueueRoute},
     resilience::{
+        mirror::MirrorSettings,
         rate::RateLimit,
         retry::{RetryPolicy, RetrySettings},
     },
     units::Toggle,
-    upstream::{
-        Upstream,
-        connect::TlsTarget,
-        health::{self, CheckSettings, HealthChecks},
-    },
+    upstream::{Upstream, connect::TlsTarget},
 };
 
 /// The configuration for new requests. A request keeps the snapshot that it started with.
@@ -85,8 +65,10 @@ pub struct Cluster {
     /// The rate limit of each route, likewise; routes that inherit the same one share it.
     route_rates: Vec<Option<Arc<RateLimit>>>,
     rate: Option<Arc<RateLimit>>,
-    /// Index of the upstream that `to` of each route names, likewise.
-    pub route_to: Vec<Option<usize>>,
+    /// Where the requests of each route go, likewise.
+    pub destinations: Vec<RouteDestination>,
+    /// The mirror of each route, likewise; empty: no route has one.
+    pub mirrors: Vec<Option<Box<RouteMirror>>>,
     /// What `queue` of each route means, likewise; behind them the deliveries. Empty: no route has one.
     pub queue_routes: Vec<Option<QueueRoute>>,
     /// Whether its addresses are resolved rather than written in the configuration: then `deny_networks` applies.
@@ -108,7 +90,7 @@ pub struct ClusterTls {
 }
 
 impl ClusterTls {
-    fn new(settings: &config::Upstream, client: Arc<ClientTls>) -> Self {
+    pub(super) fn new(settings: &config::Upstream, client: Arc<ClientTls>) -> Self {
         let exact = settings.hosts.iter().find_map(|host| match &host.host {
             HostMatch::Exact(name) => Some(name.as_str()),
             _ => None,
@@ -141,18 +123,8 @@ impl Cluster {
         Some(TlsTarget { client: Arc::clone(&tls.target.client), name: Arc::new(name) })
     }
 
-    pub fn new(
-        settings: config::Upstream,
-        upstream: Arc<Upstream>,
-        client: Option<Arc<ClientTls>>,
-        index_of: impl Fn(&str) -> Option<usize>,
-    ) -> Self {
-        let edits = settings
-            .routes
-            .iter()
-            .map(|route| CompiledEdits::new(&route.request_headers, &route.response_headers))
-            .collect();
-        let route_to = settings.routes.iter().map(|route| route.to.as_deref().and_then(&index_of)).collect();
+    pub fn new(settings: config::Upstream, upstream: Arc<Upstream>, client: Option<Arc<ClientTls>>) -> Self {
+        let edits = settings.routes.iter().map(CompiledEdits::new).collect();
         let route_retries =
             settings.routes.iter().map(|route| RetryPolicy::new(route.policy.retry.0.clone())).collect();
         let retries = RetryPolicy::new(settings.policy.retry.0.clone());
@@ -174,7 +146,8 @@ impl Cluster {
             retries,
             route_rates,
             rate,
-            route_to,
+            destinations: Vec::new(),
+            mirrors: Vec::new(),
             queue_routes: Vec::new(),
             is_resolved: looked_up,
             route_fingerprints,
@@ -252,6 +225,20 @@ impl Cluster {
         cluster
     }
 
+    /// The same for copies of its requests: each is sent once, with a short timeout, and spends no rate of the clients.
+    pub fn for_copies(&self, mirror: &MirrorSettings) -> Self {
+        let mut cluster = self.for_deliveries();
+        let config::Upstream { policy, routes, .. } = &mut cluster.settings;
+        for policy in routes.iter_mut().map(|route| &mut route.policy).chain([policy]) {
+            policy.timeout = mirror.timeout;
+            policy.rate_limit = Toggle::off();
+            policy.fault = Toggle::off();
+        }
+        cluster.rate = None;
+        cluster.route_rates.fill(None);
+        cluster
+    }
+
     /// Whether its policy or any route's has a breaker.
     pub fn has_breaker(&self) -> bool {
         let mut routes = self.settings.routes.iter();
@@ -267,206 +254,5 @@ impl Cluster {
     /// The rate limit of a request that matched `route`.
     pub fn rate_limit(&self, route: Option<usize>) -> Option<&Arc<RateLimit>> {
         route.and_then(|route| self.route_rates.get(route)).unwrap_or(&self.rate).as_ref()
-    }
-}
-
-/// The memory that a policy gives the store.
-fn cache_bytes(policy: &Policy) -> Option<u64> {
-    policy.cache.as_ref().map(|cache| *cache.max_bytes)
-}
-
-/// The upstreams and the tasks that keep them current. Lives on the control thread.
-#[derive(Debug)]
-pub struct Clusters {
-    resolver: Arc<Resolver>,
-    fetcher: Fetcher,
-    identity: Arc<IdentityStore>,
-    live: HashMap<String, RunningUpstream>,
-    inbound: RunningUpstream,
-    /// The keys of `[inbound.jwt]`.
-    issuer: Option<jwt::issuer::KeyRefresher>,
-    cache: Option<Arc<Store>>,
-}
-
-#[derive(Debug)]
-struct RunningUpstream {
-    upstream: Arc<Upstream>,
-    source: Endpoints,
-    _discovery: Discovery,
-    health_checks: Option<HealthChecks>,
-    token: Option<TokenRenewer>,
-    client: Option<Arc<ClientTls>>,
-}
-
-impl RunningUpstream {
-    fn start(
-        settings: &config::Upstream,
-        resolver: &Arc<Resolver>,
-        upstream: Arc<Upstream>,
-        client: Option<Arc<ClientTls>>,
-    ) -> Self {
-        let discovery = discovery::spawn(&settings.endpoints, Arc::clone(&upstream), Arc::clone(resolver));
-        let health_checks = Self::check(settings, resolver, &upstream, client.as_ref());
-        Self {
-            upstream,
-            source: settings.endpoints.clone(),
-            _discovery: discovery,
-            health_checks,
-            token: None,
-            client,
-        }
-    }
-
-    /// Keeps the token where its settings did not change.
-    fn keep_token(&mut self, settings: &config::Upstream, fetcher: &Fetcher, runtime: &Handle) {
-        let known = self.token.take().filter(|token| Some(&token.settings) == settings.oauth2.as_ref());
-        self.token = known.or_else(|| {
-            Some(TokenRenewer::start(&settings.name, settings.oauth2.as_ref()?, fetcher, runtime))
-        });
-    }
-
-    fn check(
-        settings: &config::Upstream,
-        resolver: &Arc<Resolver>,
-        upstream: &Arc<Upstream>,
-        client: Option<&Arc<ClientTls>>,
-    ) -> Option<HealthChecks> {
-        let check = Self::check_settings(settings, client)?;
-        Some(health::spawn(check, Arc::clone(upstream), resolver.runtime()))
-    }
-
-    fn check_settings(settings: &config::Upstream, client: Option<&Arc<ClientTls>>) -> Option<CheckSettings> {
-        let tls = client.map(|client| ClusterTls::new(settings, Arc::clone(client)).target);
-        Some(CheckSettings { health: settings.health.clone()?, protocol: settings.protocol, tls })
-    }
-
-    /// Keeps discovery and health checks where their settings did not change. The state of the upstream is always kept.
-    fn renew(
-        old: Option<Self>,
-        settings: &config::Upstream,
-        resolver: &Arc<Resolver>,
-        client: Option<Arc<ClientTls>>,
-    ) -> Self {
-        match old {
-            Some(mut old) if old.source == settings.endpoints => {
-                match (Self::check_settings(settings, client.as_ref()), &old.health_checks) {
-                    (Some(check), Some(checks)) => checks.reconfigure(check),
-                    _ => old.health_checks = Self::check(settings, resolver, &old.upstream, client.as_ref()),
-                }
-                old.client = client;
-                old
-            }
-            Some(old) => {
-                let token = old.token;
-                Self { token, ..Self::start(settings, resolver, old.upstream, client) }
-            }
-            None => Self::start(settings, resolver, Upstream::new(settings.name.as_str()), client),
-        }
-    }
-}
-
-/// The service behind the inbound listener, at one of its addresses, as an upstream.
-pub fn inbound_settings(config: &Config, service: HostPort) -> config::Upstream {
-    let protocol = config.inbound.ports.iter().find(|p| p.port == service.port).map(|p| p.protocol);
-    let mut settings = config::Upstream::new(
-        config.service.name.as_str(),
-        Endpoints::Fixed(vec![service]),
-        config.inbound.policy.clone(),
-    );
-    settings.protocol = protocol.unwrap_or_default();
-    settings.routes.clone_from(&config.inbound.routes);
-    settings
-}
-
-impl Clusters {
-    pub fn build(
-        config: Arc<Config>,
-        resolver: Arc<Resolver>,
-        identity: Arc<IdentityStore>,
-    ) -> (Self, Snapshot) {
-        let settings = inbound_settings(&config, config.inbound.forward_to.clone());
-        let inbound =
-            RunningUpstream::start(&settings, &resolver, Upstream::new(settings.name.as_str()), None);
-        let fetcher = Fetcher::new(Arc::clone(&resolver));
-        let mut clusters =
-            Self { resolver, fetcher, identity, live: HashMap::new(), inbound, issuer: None, cache: None };
-        let snapshot = clusters.rebuild(config);
-        (clusters, snapshot)
-    }
-
-    /// Starts tasks of new upstreams, ends those of removed ones, keeps the rest.
-    pub fn rebuild(&mut self, config: Arc<Config>) -> Snapshot {
-        let mut old = std::mem::take(&mut self.live);
-        let min = config.identity.as_ref().map(|identity| identity.min_tls).unwrap_or_default();
-        for settings in &config.upstreams {
-            let min = settings.tls.min_tls.unwrap_or(min);
-            let client = self.identity.client(&settings.name, &settings.tls, min);
-            let mut live =
-                RunningUpstream::renew(old.remove(&settings.name), settings, &self.resolver, client);
-            live.keep_token(settings, &self.fetcher, self.resolver.runtime());
-            self.live.insert(settings.name.clone(), live);
-        }
-        let settings = inbound_settings(&config, config.inbound.forward_to.clone());
-        if self.inbound.source != settings.endpoints {
-            self.inbound =
-                RunningUpstream::start(&settings, &self.resolver, Arc::clone(&self.inbound.upstream), None);
-        }
-
-        let names: HashMap<&str, usize> = config
-            .upstreams
-            .iter()
-            .enumerate()
-            .map(|(index, upstream)| (upstream.name.as_str(), index))
-            .collect();
-        let index_of = |name: &str| names.get(name).copied();
-        let clusters = config
-            .upstreams
-            .iter()
-            .filter_map(|settings| {
-                let live = self.live.get(&settings.name)?;
-                let (upstream, client) = (Arc::clone(&live.upstream), live.client.clone());
-                let mut cluster = Cluster::new(settings.clone(), upstream, client, index_of);
-                cluster.queue_routes = queue_routes(&settings.routes, &config);
-                cluster.token = live.token.as_ref().map(|keeper| Arc::clone(&keeper.token));
-                Some(Arc::new(cluster))
-            })
-            .collect();
-        let mut inbound = Cluster::new(settings, Arc::clone(&self.inbound.upstream), None, |_| None);
-        inbound.queue_routes = queue_routes(&config.inbound.routes, &config);
-        let inbound = Arc::new(inbound);
-        let gate = self.gate(&config);
-        let cache = self.cache(&config);
-        Snapshot { router: Router::new(&config), clusters, inbound, gate, cache, config }
-    }
-
-    /// The store, with what it has. Without a route that uses it there is none.
-    fn cache(&mut self, config: &Config) -> Option<Arc<Store>> {
-        let of_upstream = |upstream: &config::Upstream| {
-            let routes = upstream.routes.iter().map(|route| cache_bytes(&route.policy));
-            routes.chain([cache_bytes(&upstream.policy)]).flatten().max()
-        };
-        let all = [cache_bytes(&config.defaults), cache_bytes(&config.inbound.policy)];
-        let max_bytes = config.upstreams.iter().map(of_upstream).chain(all).flatten().max();
-        self.cache = max_bytes.map(|max_bytes| match self.cache.take() {
-            Some(store) => {
-                store.resize(max_bytes);
-                store
-            }
-            None => Arc::new(Store::new(max_bytes)),
-        });
-        self.cache.clone()
-    }
-
-    /// Keeps the issuer's keys where their source did not change.
-    fn gate(&mut self, config: &Config) -> Option<AccessPolicy> {
-        let settings = config.inbound.jwt.as_ref();
-        let known = self
-            .issuer
-            .take()
-            .filter(|known| settings.is_some_and(|settings| known.has_same_source(settings)));
-        let start =
-            |settings| jwt::issuer::KeyRefresher::start(settings, &self.fetcher, self.resolver.runtime());
-        self.issuer = known.or_else(|| settings.map(start));
-        AccessPolicy::new(config, self.issuer.as_ref().map(|watch| Arc::clone(&watch.issuer)))
     }
 }

@@ -102,7 +102,7 @@ impl UnknownHosts {
         let discovery =
             discovery::spawn(&settings.endpoints, Arc::clone(&upstream), Arc::clone(&self.resolver));
         let queue_routes = queue_routes(&settings.routes, config);
-        let mut cluster = Cluster::new(settings, upstream, None, |_| None);
+        let mut cluster = Cluster::new(settings, upstream, None);
         cluster.queue_routes = queue_routes;
         let cluster = Arc::new(cluster);
         UnknownHost {

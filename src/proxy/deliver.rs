@@ -60,6 +60,9 @@ pub fn forward_response(
     }
     if let Some(edits) = target.route.and_then(|route| target.route_owner.cluster.header_edits.get(route)) {
         edits.response.apply(response.headers_mut());
+        if let Some(deprecation) = &edits.deprecation {
+            deprecation.announce(response.headers_mut());
+        }
     }
     let attempts = origin.progress.with_record(|record| record.attempts.count()).unwrap_or(0);
     if attempts > 1 && may_be_failure(status, present) {

@@ -7,7 +7,11 @@ use http::{HeaderMap, HeaderValue, Response, StatusCode, header};
 use serde::Serialize;
 
 use super::body::ResponseBody;
-use crate::cause::Cause;
+use crate::{
+    cause::Cause,
+    resilience::deprecation::{SUNSET, http_date},
+    units::Date,
+};
 
 /// An error that the proxy answers with a response of its own.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -22,6 +26,8 @@ pub struct ProxyError {
     pub status: Option<StatusCode>,
     /// The authentication challenge for the client.
     pub challenge: Option<Challenge>,
+    /// The date in `Sunset`.
+    pub sunset: Option<Date>,
 }
 
 /// The error in `WWW-Authenticate` (RFC 6750 §3).
@@ -36,7 +42,7 @@ pub enum Challenge {
 
 impl ProxyError {
     pub fn new(cause: Cause, detail: impl Into<String>) -> Self {
-        Self { cause, detail: detail.into(), retry_after: None, status: None, challenge: None }
+        Self { cause, detail: detail.into(), retry_after: None, status: None, challenge: None, sunset: None }
     }
 
     pub fn malformed(detail: impl Into<String>) -> Self {
@@ -115,6 +121,9 @@ pub fn respond(error: &ProxyError, context: &ErrorContext<'_>) -> Response<Respo
             Challenge::InsufficientScope => ", error=\"insufficient_scope\"",
         };
         insert(&mut headers, "www-authenticate", &format!("Bearer realm=\"{}\"{error}", context.deployment));
+    }
+    if let Some(date) = error.sunset {
+        headers.insert(SUNSET, http_date(date));
     }
     let (status, body) = if context.grpc {
         insert(&mut headers, "content-type", "application/grpc");

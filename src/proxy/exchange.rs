@@ -17,7 +17,7 @@ mod tests;
 
 use std::{cell::Cell, mem::take, rc::Rc, sync::Arc, time::Duration};
 
-use http::{HeaderMap, Request, Response, Version, header::COOKIE};
+use http::{HeaderMap, Request, Response, Version};
 
 use super::{
     admission,
@@ -31,6 +31,7 @@ use super::{
     endpoints,
     error::ProxyError,
     head::{self, HeadFormat},
+    headers::cookie,
     interim::InterimQueue,
     origin::Origin,
     progress::Progress,
@@ -396,14 +397,7 @@ fn note_overrun(target: &RouteTarget, limits: RequestTimeouts, progress: &Progre
 fn hash(balance: &Balance, headers: &HeaderMap) -> Option<u64> {
     match balance {
         Balance::HashHeader(name) => headers.get(name).map(|value| hash_key(value.as_bytes())),
-        Balance::HashCookie(name) => headers
-            .get_all(COOKIE)
-            .iter()
-            .filter_map(|value| value.to_str().ok())
-            .flat_map(|value| value.split(';'))
-            .filter_map(|crumb| crumb.trim().split_once('='))
-            .find(|(key, _)| key == name)
-            .map(|(_, value)| hash_key(value.as_bytes())),
+        Balance::HashCookie(name) => cookie(headers, name).map(|value| hash_key(value.as_bytes())),
         Balance::P2c | Balance::LeastRequest | Balance::RoundRobin => None,
     }
 }

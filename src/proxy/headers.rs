@@ -235,6 +235,13 @@ pub fn join_cookies(headers: &mut HeaderMap) {
     }
 }
 
+/// The value of a cookie. HTTP/2 clients may send each in a field of its own (RFC 9113 §8.2.3).
+pub fn cookie<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
+    let fields = headers.get_all(COOKIE).iter().filter_map(|value| value.to_str().ok());
+    let pairs = fields.flat_map(|value| value.split(';')).filter_map(|pair| pair.trim().split_once('='));
+    pairs.into_iter().find(|(known, _)| *known == name).map(|(_, value)| value)
+}
+
 /// Whether a message is gRPC, which has its own timeout field and its own status.
 pub fn is_grpc(headers: &HeaderMap) -> bool {
     headers.get(http::header::CONTENT_TYPE).is_some_and(|value| {

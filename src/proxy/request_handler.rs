@@ -20,8 +20,9 @@ use super::{
     cached::{self, CachedRoute, respond::Note},
     connect_method,
     connection::Connection,
+    deprecated,
     error::{ErrorContext, ProxyError, respond},
-    exchange, headers,
+    exchange, headers, mirror,
     origin::Origin,
     progress::Progress,
     queue, request_check, target,
@@ -283,16 +284,21 @@ async fn check_and_forward(
         // A route of the configuration has this path.
         authorize::check_request(connection, view, request, progress.started()).await?;
     }
+    deprecated::admit(&target, progress)?;
     let origin = Origin::of(connection, view, progress);
     if target.queue_route().is_some() {
         // Boxed, as every path that few requests take.
         return Box::pin(queue::serve(&origin, &target, request, present)).await;
     }
+    let copy = mirror::begin(origin.worker, &target, request, present);
     let response = match CachedRoute::of(&origin, &target) {
         // Boxed, so that routes without a cache do not hold its memory.
         Some(route) => Box::pin(cached::run(route, request, present)).await,
         None => exchange::run(&origin, &target, request, present).await,
     };
+    if let Some(copy) = copy {
+        copy.send(&origin, view, &target);
+    }
     if let Err(error) = &response
         && error.cause == Cause::Malformed
     {

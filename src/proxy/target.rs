@@ -2,14 +2,18 @@
 
 use std::{net::SocketAddr, rc::Rc};
 
-use http::{Method, Request, Version, header::HOST, uri::Authority};
+use http::{HeaderMap, HeaderValue, Method, Request, Version, header::HOST, uri::Authority};
 
-use super::{connection::Connection, error::ProxyError, redirection};
+use super::{connection::Connection, error::ProxyError, headers::cookie, redirection, worker::Worker};
 use crate::{
+    authorization::Peer,
     cause::Cause,
     config::{HostPort, MinTls, Mtls, UnknownHostPolicy},
-    model::{Side, View, WorkerCluster, queue_route::QueueRoute},
+    model::{RouteDestination, RouteSplit, Side, View, WorkerCluster, queue_route::QueueRoute},
+    resilience::split::StickyKey,
+    rng::Rng,
     telemetry::metrics::EntryPoint,
+    upstream::balance::hash_key,
 };
 
 /// The default port of `http://`.
@@ -129,7 +133,7 @@ pub fn find<B>(
                     format!("the configuration no longer has an upstream `{name}`"),
                 )
             })?;
-            Ok(routed(view, index, request))
+            Ok(routed(Client::of(connection), view, index, request))
         }
         Side::Outbound if let Some(original) = connection.original_destination => {
             by_destination(connection, view, original, request)
@@ -152,7 +156,10 @@ pub fn by_host<B>(
     request: &Request<B>,
 ) -> Result<RouteTarget, ProxyError> {
     if let Some(index) = view.snapshot.router.upstream(&host.host, Some(host.port)) {
-        return Ok(RouteTarget { chosen_by_client: true, ..routed(view, index, request) });
+        return Ok(RouteTarget {
+            chosen_by_client: true,
+            ..routed(Client::of(connection), view, index, request)
+        });
     }
     let config = &view.snapshot.config;
     if config.outbound.unknown == UnknownHostPolicy::Deny {
@@ -176,10 +183,13 @@ fn by_destination<B>(
     if let Some(host) = &host
         && let Some(index) = view.snapshot.router.upstream(&host.host, Some(host.port))
     {
-        return Ok(RouteTarget { chosen_by_client: true, ..routed(view, index, request) });
+        return Ok(RouteTarget {
+            chosen_by_client: true,
+            ..routed(Client::of(connection), view, index, request)
+        });
     }
     if let Some(index) = redirection::by_address(view, original) {
-        let target = routed(view, index, request);
+        let target = routed(Client::of(connection), view, index, request);
         // A route may lead to another upstream, which does not have this address.
         let pinned = Rc::ptr_eq(&target.serving, &target.route_owner).then_some(original);
         return Ok(RouteTarget { pinned_endpoint: pinned, ..target });
@@ -218,15 +228,34 @@ fn without_routes(local: Rc<WorkerCluster>) -> RouteTarget {
     }
 }
 
+/// Who sends a request: what a split by client needs.
+#[derive(Clone, Copy)]
+pub struct Client<'a> {
+    pub worker: &'a Worker,
+    pub identity: Option<&'a Peer>,
+    pub address: &'a HeaderValue,
+}
+
+impl<'a> Client<'a> {
+    fn of(connection: &'a Connection) -> Self {
+        let identity = connection.peer_identity.as_deref();
+        Self { worker: &connection.worker, identity, address: &connection.peer }
+    }
+}
+
 /// An upstream of the configuration, and the request's route in it.
-pub fn routed<B>(view: &View, index: usize, request: &Request<B>) -> RouteTarget {
+pub fn routed<B>(client: Client<'_>, view: &View, index: usize, request: &Request<B>) -> RouteTarget {
     let matched = Rc::clone(&view.clusters[index]);
     let route = view
         .snapshot
         .router
         .routes(index)
         .and_then(|routes| routes.find(request.method(), request.uri().path(), request.headers()));
-    let to = route.and_then(|route| matched.cluster.route_to.get(route).copied().flatten());
+    let to = match route.and_then(|route| matched.cluster.destinations.get(route)) {
+        None | Some(RouteDestination::Own) => None,
+        Some(RouteDestination::Other(to)) => Some(*to),
+        Some(RouteDestination::Split(split)) => choose(client, split, request.headers()),
+    };
     let local = to.and_then(|to| view.clusters.get(to)).unwrap_or(&matched);
     RouteTarget {
         serving: Rc::clone(local),
@@ -236,6 +265,21 @@ pub fn routed<B>(view: &View, index: usize, request: &Request<B>) -> RouteTarget
         pinned_endpoint: None,
         chosen_by_client: false,
     }
+}
+
+/// The upstream that serves a request of a split route. A client without the sticky key is assigned anew each time.
+fn choose(client: Client<'_>, route: &RouteSplit, headers: &HeaderMap) -> Option<usize> {
+    let sticky = match &route.sticky {
+        StickyKey::None => None,
+        StickyKey::Peer => Some(match client.identity {
+            Some(peer) => hash_key(peer.to_string().as_bytes()),
+            None => hash_key(client.address.as_bytes()),
+        }),
+        StickyKey::Header(name) => headers.get(name).map(|value| hash_key(value.as_bytes())),
+        StickyKey::Cookie(name) => cookie(headers, name).map(|value| hash_key(value.as_bytes())),
+    };
+    let key = sticky.unwrap_or_else(|| client.worker.with_rng(Rng::next_u64));
+    route.split.choose(key).and_then(|at| route.upstreams.get(at).copied().flatten())
 }
 
 /// The host and port of a request: in its target (absolute-form, `:authority`, CONNECT), else in `Host`.

@@ -15,6 +15,7 @@ pub mod budget;
 pub mod cache;
 pub mod classify;
 pub mod deadline;
+pub mod deprecation;
 pub mod fallback;
 pub mod fault;
 mod growing_duration;
@@ -22,11 +23,13 @@ mod grpc;
 pub mod hedge;
 pub mod http2_abuse;
 pub mod limit;
+pub mod mirror;
 pub mod observe;
 pub mod outlier;
 pub mod queue;
 pub mod rate;
 pub mod retry;
+pub mod split;
 pub mod window;
 
 #[cfg(test)]

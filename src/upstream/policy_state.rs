@@ -28,6 +28,7 @@ use crate::{
         breaker::{Breaker, BreakerPermit, BreakerSettings, BreakerState, BreakerTransition},
         budget::{BudgetSettings, RetryBudget},
         classify::Health,
+        deprecation::DeprecatedRequests,
         hedge::LatencyQuantile,
         limit::{BoundedCounter, LimitSettings, NotifyWaiter, RequestLimit},
         outlier::{OutlierDetector, OutlierSettings},
@@ -76,6 +77,8 @@ pub struct PolicyState {
     /// The 95th percentile of all latencies, from its first use on.
     usual_latency: OnceLock<LatencyQuantile>,
     pub counters: PolicyCounters,
+    /// Requests of its routes that are deprecated.
+    pub deprecated: DeprecatedRequests,
     /// The durations of its requests.
     pub durations: Durations,
 }
@@ -260,6 +263,7 @@ impl Default for PolicyCounters {
                 "dns_timeout",
                 "denied_network",
                 "not_allowed",
+                "sunset",
                 "jwt_invalid",
                 "auth_unavailable",
                 "malformed",
@@ -295,6 +299,7 @@ impl PolicyState {
             quantiles: ArcSwap::default(),
             usual_latency: OnceLock::new(),
             counters: PolicyCounters::default(),
+            deprecated: DeprecatedRequests::default(),
             durations: Durations::default(),
         })
     }

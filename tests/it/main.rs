@@ -49,6 +49,7 @@ mod resilience;
 mod secrets;
 mod servers;
 mod service;
+mod shifting;
 mod silence;
 mod smuggling;
 mod telemetry;

@@ -9,6 +9,7 @@ use prometheus_client::{
 
 use super::{Labels, family};
 use crate::{
+    admin::{mirror::MirrorStatus, split::SplitStatus},
     model::Cluster,
     proxy::worker::Shared,
     upstream::{
@@ -40,6 +41,9 @@ struct Row {
     has_cache: bool,
     /// In the order of [`EndpointState::WORDS`].
     endpoints: [u64; EndpointState::WORDS.len()],
+    splits: Vec<SplitStatus>,
+    deprecated: Vec<(String, String, u64)>,
+    mirrors: Vec<MirrorStatus>,
 }
 
 impl UpstreamRows {
@@ -84,6 +88,37 @@ impl UpstreamRows {
                 .map(|(state, count)| (labels(upstream, "state", state), ConstGauge::new(count)))
         });
         family(encoder, "outrigger_endpoints", "Endpoints of upstreams by state", None, endpoints)?;
+        let help = "Requests of split routes by the upstream that serves them";
+        let shares = self.0.iter().flat_map(|(upstream, row)| {
+            row.splits.iter().flat_map(move |split| {
+                split.to.iter().map(move |share| {
+                    let route = ("route", split.route.clone());
+                    let labels = [("upstream", upstream.clone()), route, ("to", share.upstream.clone())];
+                    (labels, ConstCounter::new(share.requests))
+                })
+            })
+        });
+        family(encoder, "outrigger_split_requests", help, None, shares)?;
+        let help = "Requests of deprecated routes by client";
+        let clients = self.0.iter().flat_map(|(upstream, row)| {
+            row.deprecated.iter().map(move |(route, client, count)| {
+                let route = ("route", route.clone());
+                let labels = [("upstream", upstream.clone()), route, ("client", client.clone())];
+                (labels, ConstCounter::new(*count))
+            })
+        });
+        family(encoder, "outrigger_deprecated_requests", help, None, clients)?;
+        let help = "Requests of routes with a mirror, by what became of the copy";
+        let copies = self.0.iter().flat_map(|(upstream, row)| {
+            row.mirrors.iter().flat_map(move |mirror| {
+                mirror.copies.iter().map(move |(outcome, count)| {
+                    let route = ("route", mirror.route.clone());
+                    let labels = [("upstream", upstream.clone()), route, ("outcome", outcome.clone())];
+                    (labels, ConstCounter::new(*count))
+                })
+            })
+        });
+        family(encoder, "outrigger_mirror_requests", help, None, copies)?;
         let help = "Requests in flight";
         self.gauge(encoder, "outrigger_requests_in_flight", help, |row| row.in_flight.map(of_u64))?;
         let help = "Requests that the proxy refused, by cause";
@@ -144,6 +179,9 @@ impl Row {
             let in_flight = u64::from(policy_state.requests.in_flight());
             self.in_flight = Some(self.in_flight.unwrap_or(0) + in_flight);
         }
+        self.deprecated.extend(policy_state.deprecated.read());
+        self.mirrors.extend(MirrorStatus::all_of(cluster));
+        self.splits.extend(SplitStatus::all_of(cluster));
         self.has_cache |= cluster.has_cache();
         for endpoint in &upstream.endpoints().endpoints {
             let word = upstream.state_of(endpoint, now).word();

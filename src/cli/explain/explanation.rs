@@ -14,7 +14,11 @@ use crate::{
     model::Router,
     proxy::queue::why_not_queued,
     redact,
-    resilience::{queue::keys::QueueWhen, retry::RetryMethods},
+    resilience::{
+        queue::keys::QueueWhen,
+        retry::RetryMethods,
+        split::{RouteTo, Split, StickyKey},
+    },
     telemetry::export::Collector,
     url_path::normalise,
 };
@@ -179,7 +183,15 @@ impl Explanation {
         let scope = Scope::Route(at, index);
         self.fact("route", route.matches.to_string(), place(scope));
         if let Some(to) = &route.to {
-            self.fact("to", to.clone(), place(scope));
+            self.fact("to", describe_destination(to, &route.sticky), place(scope));
+        }
+        if let Some(mirror) = &route.mirror {
+            let copied = mirror.methods.iter().any(|method| method == target.method.as_str());
+            let text = match copied {
+                true => format!("{} % of the requests to {}", *mirror.ratio * 100.0, mirror.upstream),
+                false => format!("not copied: `methods` is {}", mirror.methods.join(", ")),
+            };
+            self.fact("mirror", text, place(scope));
         }
         let path = normalise(target.path.path());
         if path != target.path.path() {
@@ -318,6 +330,32 @@ impl fmt::Display for Explanation {
     }
 }
 
+/// `to` of a route, e.g. `90 % shop, 10 % orders-v2, by header:x-user`.
+fn describe_destination(to: &RouteTo, sticky: &StickyKey) -> String {
+    let targets = match to {
+        RouteTo::One(name) => return name.clone(),
+        RouteTo::Split(targets) => targets,
+    };
+    let shares: Vec<String> = Split::new(targets)
+        .report()
+        .iter()
+        .map(|share| format!("{} % {}", (share.share * 1000.0).round() / 10.0, share.upstream))
+        .collect();
+    let by = if *sticky == StickyKey::None { String::new() } else { format!(", by {sticky}") };
+    format!("{}{by}", shares.join(", "))
+}
+
+/// The upstream that serves most requests of a route.
+fn usual_upstream(to: &RouteTo) -> Option<&str> {
+    match to {
+        RouteTo::One(name) => Some(name),
+        RouteTo::Split(targets) => {
+            // The first of those with the greatest weight.
+            targets.iter().rev().max_by_key(|target| target.weight).map(|target| target.upstream.as_str())
+        }
+    }
+}
+
 /// The upstream whose endpoints serve the request: that of a route's `to`, else its own.
 fn serving(loaded: &LoadedConfig, scope: Scope) -> Option<usize> {
     let upstreams = &loaded.config.upstreams;
@@ -325,7 +363,10 @@ fn serving(loaded: &LoadedConfig, scope: Scope) -> Option<usize> {
         Scope::Inbound | Scope::Defaults => None,
         Scope::Upstream(at) => Some(at),
         Scope::Route(at, route) => match &upstreams.get(at)?.routes.get(route)?.to {
-            Some(to) => upstreams.iter().position(|upstream| upstream.name == *to),
+            Some(to) => {
+                let name = usual_upstream(to)?;
+                upstreams.iter().position(|upstream| upstream.name == name)
+            }
             None => Some(at),
         },
     }

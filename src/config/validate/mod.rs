@@ -3,6 +3,7 @@
 mod identity;
 mod policy;
 mod queue;
+mod route;
 mod sections;
 mod upstream;
 
@@ -15,8 +16,9 @@ use super::{
 pub(super) use identity::identity;
 pub(super) use policy::policy;
 pub(super) use queue::queues;
+pub(super) use route::route;
 pub(super) use sections::sections;
-pub(super) use upstream::{across_upstreams, references, route, upstream};
+pub(super) use upstream::{across_upstreams, references, upstream};
 
 /// A table to check, and its problems.
 struct Check<'a> {

@@ -136,6 +136,51 @@ fn upstreams_and_routes_are_checked() {
         ("route = [{ response_headers = { remove = ['TE'] } }]", "`TE` belongs to the connection"),
         ("route = [{ to = 'uu' }]", "there is no upstream `uu`"),
         ("route = [{ to = 'u' }]", "`to = \"u\"` forms a loop"),
+        ("route = [{ to = [] }]", "there is no upstream to send requests to"),
+        ("route = [{ to = [{ upstream = 'u', weight = 0 }] }]", "all weights are 0"),
+        (
+            "route = [{ to = [{ upstream = 'u', weight = 1 }, { upstream = 'v', weight = 1 }] }]",
+            "there is no upstream `v`",
+        ),
+        (
+            "route = [{ to = [{ upstream = 'u', weight = 1 }, { upstream = 'u', weight = 1 }] }]",
+            "`u` is named twice",
+        ),
+        ("route = [{ to = [{ upstream = 'u' }] }]", "`weight` is missing here"),
+        ("route = [{ to = 7 }]", "expected the name of an upstream, or [{ upstream"),
+        ("route = [{ sticky = 'peer' }]", "`sticky` has no effect"),
+        ("route = [{ to = [{ upstream = 'u', weight = 1 }], sticky = 'ip' }]", "`ip` is not a sticky key"),
+        (
+            "route = [{ match = { version = { is = '1' } } }]",
+            "exactly one of `header`, `media_type` and `path`",
+        ),
+        (
+            "route = [{ match = { version = { header = 'a', media_type = 'v', is = '1' } } }]",
+            "exactly one of",
+        ),
+        ("route = [{ match = { version = { header = 'a b', is = '1' } } }]", "`a b` is not a header name"),
+        (
+            "route = [{ match = { version = { media_type = 'a b', is = '1' } } }]",
+            "this is not the name of a parameter",
+        ),
+        ("route = [{ match = { path = '/x', version = { path = '/v', is = '1' } } }]", "exclude each other"),
+        ("route = [{ match = { version = { path = 'v', is = '1' } } }]", "a path begins with `/`"),
+        ("route = [{ match = { version = { path = '/v', is = '' } } }]", "this version is empty"),
+        ("route = [{ deprecation = { since = 2026-12-01, sunset = 2026-11-30 } }]", "before the deprecation"),
+        ("route = [{ deprecation = { since = 2026-12-01, after = '410' } }]", "needs a date"),
+        ("route = [{ deprecation = { since = 2026-12-01, link = 'x' } }]", "this is not a URL"),
+        ("route = [{ deprecation = { since = '2026-2-3' } }]", "`2026-2-3` is not a date"),
+        ("route = [{ mirror = { upstream = 'v' } }]", "there is no upstream `v`"),
+        (
+            "route = [{ mirror = { upstream = 'u', methods = ['POST'] } }]",
+            "copies of POST would change something twice",
+        ),
+        ("route = [{ mirror = { upstream = 'u', methods = [] } }]", "no request would be copied"),
+        ("route = [{ mirror = { upstream = 'u', max_in_flight = 0 } }]", "every copy would be dropped"),
+        ("route = [{ mirror = { upstream = 'u', timeout = '0s' } }]", "every copy would be given up"),
+        ("route = [{ mirror = { upstream = 'u', ratio = 2 } }]", "2 is not a ratio"),
+        ("route = [{ name = 'a/b' }]", "this cannot be a route's name"),
+        ("route = [{ name = 'a' }, { name = 'a' }]", "two routes of `u` are called `a`"),
     ] {
         rejects(&format!("[[upstream]]\nname = 'u'\n{rest}"), message);
     }

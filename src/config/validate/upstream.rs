@@ -5,28 +5,14 @@ use std::collections::{HashMap, HashSet};
 use super::{Check, identity, sections::is_url};
 use crate::{
     config::{
-        Balance, Endpoints, HeaderEdits, HealthCheck, HostPattern, Node, Problem, Route, RouteMatch,
-        Upstream,
+        Balance, Endpoints, HealthCheck, HostPattern, Node, Problem, Upstream,
         diagnostic::{Problems, did_you_mean},
         source::Origin,
     },
-    url_path::normalise,
+    resilience::split::RouteTo,
 };
 
 const MAX_NAME: usize = 128;
-
-/// Fields that belong to one connection or to the message's framing: an edit would break them.
-const NOT_TO_EDIT: [&str; 9] = [
-    "connection",
-    "content-length",
-    "keep-alive",
-    "proxy-connection",
-    "te",
-    "trailer",
-    "transfer-encoding",
-    "upgrade",
-    "http2-settings",
-];
 
 /// Checks an upstream by itself.
 pub(in super::super) fn upstream(
@@ -36,9 +22,8 @@ pub(in super::super) fn upstream(
     problems: &mut Problems,
 ) {
     let mut check = Check { node, problems };
-    let fits = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.');
     let name = &upstream.name;
-    if name.is_empty() || name.len() > MAX_NAME || !name.bytes().all(fits) {
+    if !is_name(name) {
         let help = "use 1 to 128 letters, digits, `-`, `_` and `.`; `hosts` has the names that requests use";
         check.error(&["name"], format!("`{name}` cannot be an upstream's name"), help);
     }
@@ -79,21 +64,10 @@ pub(in super::super) fn upstream(
     }
 }
 
-/// Checks a route by itself.
-pub(in super::super) fn route(route: &Route, node: &Node, problems: &mut Problems) {
-    let mut check = Check { node, problems };
-    check.matches(&route.matches);
-    if let Some(to) = &route.path_rewrite {
-        let matched = node.get("match").and_then(|matches| matches.get("path")).is_some();
-        let help = "add `match = { path = \"/…*\" }`, whose literal prefix is replaced";
-        check.require_present(matched, &["path_rewrite"], "there is no matched path to rewrite", help);
-        let fits = to.starts_with('/') && !to.contains(['?', '#', '*']);
-        let fits = fits && http::uri::PathAndQuery::try_from(to.as_str()).is_ok();
-        let help = "write e.g. \"/charge\"; the rest of the path and the query are kept";
-        check.require(fits, &["path_rewrite"], "this is not a path", help);
-    }
-    check.edits("request_headers", &route.request_headers);
-    check.edits("response_headers", &route.response_headers);
+/// Names of upstreams and routes: they become labels and parts of a path.
+pub(super) fn is_name(name: &str) -> bool {
+    let fits = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.');
+    (1..=MAX_NAME).contains(&name.len()) && name.bytes().all(fits)
 }
 
 impl Check<'_> {
@@ -141,72 +115,18 @@ impl Check<'_> {
             self.require(count > 0, &["health", key], "this count must be at least 1", "write at least 1");
         }
     }
-
-    fn matches(&mut self, matches: &RouteMatch) {
-        for (at, method) in matches.methods.iter().enumerate() {
-            self.method(&["match", "methods", &at.to_string()], method);
-        }
-        if let Some(path) = &matches.path {
-            self.path_pattern(&["match", "path"], path);
-        }
-        for (name, value) in matches.headers.iter() {
-            self.header_name(&["match", "headers", name], name);
-            self.header_value(&["match", "headers", name], value.expose());
-        }
-    }
-
-    pub(super) fn path_pattern(&mut self, at: &[&str], path: &str) {
-        let literal = path.strip_suffix('*').unwrap_or(path);
-        if !path.starts_with('/') {
-            self.error(at, "a path begins with `/`", format!("write \"/{}\"", path.trim_start_matches('*')));
-        } else if literal.contains('*') {
-            self.error(
-                at,
-                "a `*` is allowed only at the end of a path",
-                "write a literal path, or a prefix and `*`",
-            );
-        } else if literal.contains(['?', '#']) {
-            self.error(at, "the query is not matched", "remove everything from `?` or `#` on");
-        } else {
-            // As in the routing table: after a prefix the path continues.
-            let open = if literal.len() < path.len() { "x" } else { "" };
-            let written = format!("{literal}{open}");
-            let normal = normalise(&written);
-            if normal != written {
-                let star = if open.is_empty() { "" } else { "*" };
-                let normal = normal.strip_suffix(open).unwrap_or(&normal).to_owned();
-                self.error(at, "paths are matched in their normal form", format!("write \"{normal}{star}\""));
-            }
-        }
-    }
-
-    fn edits(&mut self, key: &str, edits: &HeaderEdits) {
-        for (name, value) in edits.set.iter() {
-            self.edited(&[key, "set", name], name);
-            self.header_value(&[key, "set", name], value.expose());
-        }
-        for (at, name) in edits.remove.iter().enumerate() {
-            self.edited(&[key, "remove", &at.to_string()], name);
-        }
-    }
-
-    fn edited(&mut self, path: &[&str], name: &str) {
-        self.header_name(path, name);
-        if NOT_TO_EDIT.contains(&name.to_ascii_lowercase().as_str()) {
-            let message = format!("`{name}` belongs to the connection and cannot be edited");
-            self.error(path, message, "the proxy sets it as each side needs");
-        }
-    }
 }
 
 /// Checks conditions between upstreams, each with its node.
 pub(in super::super) fn across_upstreams(upstreams: &[(Upstream, &Node)], problems: &mut Problems) {
     unique_names(upstreams, problems);
     unique_hosts(upstreams, problems);
+    unique_routes(upstreams, problems);
     let mut edges: HashMap<&str, Vec<(&str, Option<Origin>)>> = HashMap::new();
     for (upstream, node) in upstreams {
         for (at, route) in upstream.routes.iter().enumerate() {
-            let Some(to) = &route.to else { continue };
+            // A split may lead to its own upstream: that is the part that stays.
+            let Some(RouteTo::One(to)) = &route.to else { continue };
             let route_node = node.get("route").and_then(|routes| routes.item(at));
             let origin = route_node.and_then(|route| route.get("to")).and_then(|to| to.origin);
             edges.entry(&upstream.name).or_default().push((to, origin));
@@ -227,8 +147,12 @@ pub(in super::super) fn references(root: &Node, problems: &mut Problems) {
             exists(upstream, &names, problems);
         }
     }
+    for upstream in routes.clone().filter_map(|node| node.get("mirror")?.get("upstream")) {
+        exists(upstream, &names, problems);
+    }
     for to in routes.filter_map(|node| node.get("to")) {
-        exists(to, &names, problems);
+        let targets = to.as_array().into_iter().flatten().filter_map(|target| target.get("upstream"));
+        [to].into_iter().chain(targets).for_each(|reference| exists(reference, &names, problems));
     }
 }
 
@@ -254,6 +178,23 @@ fn unique_names(upstreams: &[(Upstream, &Node)], problems: &mut Problems) {
                     .related(place(first, "name"), "the first")
                     .help("combine them, or rename one"),
             );
+        }
+    }
+}
+
+fn unique_routes(upstreams: &[(Upstream, &Node)], problems: &mut Problems) {
+    for (upstream, node) in upstreams {
+        let mut seen: HashMap<&str, Option<Origin>> = HashMap::new();
+        for (at, route) in upstream.routes.iter().enumerate() {
+            let Some(name) = &route.name else { continue };
+            let origin = node.get("route").and_then(|routes| place(routes.item(at)?, "name"));
+            if let Some(first) = seen.insert(name, origin) {
+                problems.push(
+                    Problem::error(origin, format!("two routes of `{}` are called `{name}`", upstream.name))
+                        .related(first, "the first")
+                        .help("rename one"),
+                );
+            }
         }
     }
 }

@@ -89,7 +89,8 @@ proptest! {
             let rewritten = checked.replacement.as_deref().unwrap_or(&block);
             let again = second.check(rewritten, kind).expect("HPACK");
             prop_assert_eq!(again.replacement.is_some(), again.fault.is_some(), "nothing is left to be replaced");
-            prop_assert_eq!(again.fault.is_some(), checked.fault.is_some());
+            // The field that makes a response malformed is for `h2` to reject.
+            prop_assert_eq!(again.fault.is_some(), checked.fault.is_some() && !responses);
             checker.request_line(&block);
             prop_assert_eq!((checker.size, checker.entries.len()), (second.size, second.entries.len()));
         }

@@ -2,7 +2,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::{
-    config::{Endpoints, HeaderEdits, Policy, RouteMatch, Upstream},
+    config::{Endpoints, Policy, RouteMatch, Upstream, VersionMatch},
     redact::Secret,
 };
 
@@ -22,13 +22,9 @@ fn route(methods: &[&str], path: Option<&str>, headers: &[(&str, &str)]) -> Rout
                 .iter()
                 .map(|(name, value)| (name.to_string(), Secret::redact_url(*value)))
                 .collect(),
+            version: None,
         },
-        to: None,
-        path_rewrite: None,
-        request_headers: HeaderEdits::default(),
-        response_headers: HeaderEdits::default(),
-        queue: None,
-        policy: Policy::default(),
+        ..Route::new(RouteMatch::default(), Policy::default())
     }
 }
 
@@ -213,4 +209,57 @@ proptest! {
         });
         prop_assert_eq!(paths(found, &routes), paths(other, &reversed));
     }
+}
+
+fn versioned(version: VersionMatch) -> Route {
+    Route::new(RouteMatch { version: Some(version), ..RouteMatch::default() }, Policy::default())
+}
+
+fn version(is: &str) -> VersionMatch {
+    VersionMatch { header: None, media_type: None, path: None, is: is.to_owned() }
+}
+
+#[test]
+fn a_version_is_named_by_header_media_type_or_path() {
+    let header = VersionMatch { header: Some("Accept-Version".to_owned()), ..version("1") };
+    let media_type = VersionMatch { media_type: Some("version".to_owned()), ..version("2") };
+    let path = VersionMatch { path: Some("/v".to_owned()), ..version("3") };
+    let routes = Routes::new(&[
+        route(&[], None, &[]),
+        versioned(header),
+        versioned(media_type),
+        versioned(path),
+        route(&[], Some("/v3/admin*"), &[]),
+    ]);
+    let find = |path: &str, fields: &[(&'static str, &'static str)]| {
+        let fields =
+            fields.iter().map(|(name, value)| (name.parse().unwrap(), HeaderValue::from_static(value)));
+        routes.find(&Method::GET, path, &fields.collect())
+    };
+    assert_eq!(find("/", &[]), Some(0));
+    assert_eq!(find("/", &[("accept-version", "1")]), Some(1));
+    assert_eq!(find("/", &[("accept-version", "1.0")]), Some(0), "compared exactly");
+    assert_eq!(find("/", &[("accept", "text/html, application/json; version=2")]), Some(2));
+    for (path, expected) in [
+        ("/v3", 3),
+        ("/v3/", 3),
+        ("/v3/orders?x=/v1", 3),
+        ("/%763/orders", 3),
+        ("/x/../v3", 3),
+        ("/v3/admin/x", 4),
+        ("/v30", 0),
+        ("/v3x/orders", 0),
+        ("/V3", 0),
+        ("/", 0),
+    ] {
+        assert_eq!(find(path, &[]), Some(expected), "{path}");
+    }
+}
+
+#[test]
+fn the_version_in_the_path_can_be_rewritten() {
+    let path = VersionMatch { path: Some("/v".to_owned()), ..version("3") };
+    let routes = Routes::new(&[Route { path_rewrite: Some("/".to_owned()), ..versioned(path) }]);
+    let rewritten = routes.rewrite(0, &"/v3/orders?a=b".parse().unwrap());
+    assert_eq!(rewritten.map(|path| path.to_string()), Some("/orders?a=b".to_owned()));
 }

@@ -17,7 +17,7 @@ use http::{HeaderMap, HeaderName};
 use http_body::{Body, Frame, SizeHint};
 use tokio::time::Instant;
 
-use super::{buffered::BufferedBody, replay_buffer::ReplayBuffer};
+use super::{buffered::BufferedBody, copied::CopiedBody, replay_buffer::ReplayBuffer};
 use crate::{
     field_set::FieldSet,
     http1::{self, framing::FramingError},
@@ -34,6 +34,8 @@ pub enum ClientBody {
     Http2(http2::body::StreamBody),
     /// Read before, all of it or its beginning.
     Buffered(Box<BufferedBody>),
+    /// A copy is kept of what is read.
+    Copied(Box<CopiedBody>),
 }
 
 impl Default for ClientBody {
@@ -54,6 +56,7 @@ impl Body for ClientBody {
             Self::Http1(body) => Pin::new(body).poll_frame(cx).map_err(BodyError::from),
             Self::Http2(body) => Pin::new(body).poll_frame(cx).map_err(BodyError::from),
             Self::Buffered(body) => body.poll_frame(cx),
+            Self::Copied(body) => body.poll_frame(cx),
         }
     }
 
@@ -62,6 +65,7 @@ impl Body for ClientBody {
             Self::Http1(body) => body.is_end_stream(),
             Self::Http2(body) => body.is_end_stream(),
             Self::Buffered(body) => body.is_end_stream(),
+            Self::Copied(body) => body.is_end_stream(),
         }
     }
 
@@ -70,6 +74,7 @@ impl Body for ClientBody {
             Self::Http1(body) => body.size_hint(),
             Self::Http2(body) => body.size_hint(),
             Self::Buffered(body) => body.size_hint(),
+            Self::Copied(body) => body.size_hint(),
         }
     }
 }

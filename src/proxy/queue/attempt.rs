@@ -22,7 +22,7 @@ use crate::{
         error::ProxyError,
         origin::Origin,
         progress::Progress,
-        target::{self, RouteTarget},
+        target::{self, Client, RouteTarget},
         worker::{Worker, is_local_address},
     },
     queue::{StoredRequest, store::Outcome},
@@ -137,7 +137,9 @@ fn find_target<B>(
 ) -> Option<RouteTarget> {
     let target = match &accepted.upstream {
         Some(name) => {
-            RouteTarget { chosen_by_client: true, ..target::routed(view, view.by_name(name)?, request) }
+            let client = Client { worker, identity: None, address: &accepted.peer };
+            let target = target::routed(client, view, view.by_name(name)?, request);
+            RouteTarget { chosen_by_client: true, ..target }
         }
         None => target::to_service(view, service(worker, view, accepted), request),
     };
