@@ -311,20 +311,27 @@ fn the_service_of_an_old_version_announces_its_end_itself() {
     assert_eq!(get("/v10/orders"), None);
 }
 
-/// A service that keeps the heads and bodies of the requests that it gets.
-fn recorder(requests: &Arc<Mutex<Vec<(HeaderMap, Method, String, Bytes)>>>) -> Upstream {
+/// A request as a service got it.
+struct Received {
+    headers: HeaderMap,
+    method: Method,
+    target: String,
+    body: Bytes,
+}
+
+type Requests = Arc<Mutex<Vec<Received>>>;
+
+/// A service that keeps the requests that it gets.
+fn recorder(requests: &Requests) -> Upstream {
     let requests = Arc::clone(requests);
     Upstream::http1(move |request| {
         let requests = Arc::clone(&requests);
         async move {
             let (head, body) = request.into_parts();
             let body = body.collect().await.expect("a body").to_bytes();
-            requests.lock().expect("unpoisoned").push((
-                head.headers,
-                head.method,
-                head.uri.to_string(),
-                body,
-            ));
+            let target = head.uri.to_string();
+            let received = Received { headers: head.headers, method: head.method, target, body };
+            requests.lock().expect("unpoisoned").push(received);
             text("copied")
         }
     })
@@ -341,7 +348,7 @@ fn copies(proxy: &Proxy, outcome: &str) -> u64 {
 
 #[test]
 fn a_copy_is_complete_and_carries_no_credentials() {
-    let requests = Arc::default();
+    let requests = Requests::default();
     let (legacy, next) = (legacy(), recorder(&requests));
     let mirror = "mirror = { upstream = \"orders-v2\", methods = [\"GET\", \"POST\"], unsafe = true }";
     let proxy = Proxy::start(config([&legacy, &next], mirror));
@@ -357,9 +364,9 @@ fn a_copy_is_complete_and_carries_no_credentials() {
     }
     eventually("the copies", || copies(&proxy, "answered") == 2);
     let mut received = std::mem::take(&mut *requests.lock().expect("unpoisoned"));
-    received.sort_by_key(|(.., body)| body.len());
-    for ((headers, method, uri, body), sent) in received.iter().zip(&bodies) {
-        assert_eq!((method, &**uri, &body[..]), (&Method::POST, "/orders?a=b", sent.as_bytes()));
+    received.sort_by_key(|one| one.body.len());
+    for (Received { headers, method, target, body }, sent) in received.iter().zip(&bodies) {
+        assert_eq!((method, &**target, &body[..]), (&Method::POST, "/orders?a=b", sent.as_bytes()));
         for (name, value) in [("host", "shop"), ("x-user", "7"), ("x-outrigger-mirror", "1")] {
             assert_eq!(headers[name], value, "{name}");
         }
@@ -377,13 +384,13 @@ fn a_copy_is_complete_and_carries_no_credentials() {
 
 #[test]
 fn copies_carry_credentials_only_where_the_route_says_so() {
-    let requests = Arc::default();
+    let requests = Requests::default();
     let (legacy, next) = (legacy(), recorder(&requests));
     let mirror = "mirror = { upstream = \"orders-v2\", credentials = true }";
     let proxy = Proxy::start(config([&legacy, &next], mirror));
     get(&mut RawClient::connect(proxy.outbound()), "/orders", "authorization: Bearer a\r\n");
     eventually("the copy", || copies(&proxy, "answered") == 1);
-    assert_eq!(requests.lock().expect("unpoisoned")[0].0["authorization"], "Bearer a");
+    assert_eq!(requests.lock().expect("unpoisoned")[0].headers["authorization"], "Bearer a");
 }
 
 #[test]
@@ -430,7 +437,7 @@ fn failures_of_copies_count_for_the_other_upstream_alone() {
 
 #[test]
 fn a_mirror_follows_a_reload() {
-    let requests = Arc::default();
+    let requests = Requests::default();
     let (legacy, next) = (legacy(), recorder(&requests));
     let with = |ratio: &str| {
         config([&legacy, &next], &format!("mirror = {{ upstream = \"orders-v2\", ratio = {ratio} }}"))
