@@ -66,7 +66,7 @@ impl Drop for Place {
 
 /// Begins to copy a request, if its route says so. Its body is copied while it is read.
 pub fn begin(
-    worker: &Worker,
+    origin: &Origin<'_>,
     target: &RouteTarget,
     request: &mut Request<ClientBody>,
     present: FieldSet,
@@ -76,7 +76,10 @@ pub fn begin(
     if present.has(Field::Upgrade) || !mirror.copies_method(request.method()) {
         return None;
     }
-    if !worker.with_rng(|rng| rng.chance(*mirror.settings.ratio)) {
+    // Divided among upstreams, it may be served by the one that gets the copies.
+    let is_served_there =
+        origin.view.clusters.get(mirror.upstream).is_none_or(|other| Rc::ptr_eq(other, &target.serving));
+    if is_served_there || !origin.worker.with_rng(|rng| rng.chance(*mirror.settings.ratio)) {
         return None;
     }
     if !mirror.copies.begin(mirror.settings.max_in_flight) {

@@ -290,7 +290,7 @@ async fn check_and_forward(
         // Boxed, as every path that few requests take.
         return Box::pin(queue::serve(&origin, &target, request, present)).await;
     }
-    let copy = mirror::begin(origin.worker, &target, request, present);
+    let copy = mirror::begin(&origin, &target, request, present);
     let response = match CachedRoute::of(&origin, &target) {
         // Boxed, so that routes without a cache do not hold its memory.
         Some(route) => Box::pin(cached::run(route, request, present)).await,

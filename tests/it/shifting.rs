@@ -446,6 +446,10 @@ fn a_mirror_follows_a_reload() {
     let mut client = RawClient::connect(proxy.outbound());
     (0..20).for_each(|_| drop(get(&mut client, "/orders", "")));
     assert_eq!(copies(&proxy, "answered") + copies(&proxy, "dropped"), 0);
+    // What the other upstream serves anyway is not sent to it twice.
+    proxy.reconfigure(&(with("1").replacen("mirror =", &format!("{}mirror =", to(0, 1)), 1)));
+    assert!(reload(&proxy, &[]).status.success());
+    assert_eq!(get(&mut client, "/orders", ""), "copied");
     proxy.reconfigure(&with("1"));
     assert!(reload(&proxy, &[]).status.success());
     get(&mut client, "/orders", "");
