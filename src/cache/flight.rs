@@ -114,7 +114,7 @@ impl Flights {
     }
 }
 
-/// Those who wait for a fetch.
+/// The requests that wait for a fetch.
 #[derive(Debug)]
 pub struct Followers(Arc<Flight>);
 

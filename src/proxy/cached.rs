@@ -64,7 +64,7 @@ use crate::{
     telemetry::record::CacheResult,
 };
 
-/// How often a request looks again, because what it waited for was not for it.
+/// How often a request looks into the store again, because the response that it waited for cannot answer it.
 const MAX_ROUNDS: usize = 3;
 
 /// What the client asked for, kept for responses from the store.
@@ -178,7 +178,7 @@ impl CachedRoute<'_> {
         request: &mut Request<ClientBody>,
         present: FieldSet,
     ) -> Result<Response<ResponseBody>, ProxyError> {
-        let ask = Rc::new(ClientRequest {
+        let client_request = Rc::new(ClientRequest {
             method: request.method().clone(),
             version: request.version(),
             headers: request.headers().clone(),
@@ -189,36 +189,37 @@ impl CachedRoute<'_> {
         let mut may_wait = true;
         let mut turn = None;
         for _ in 0..MAX_ROUNDS {
-            let found = self.store.find(&key.0, &ask.headers);
-            let stored = found.entry.filter(|entry| self.may_send(entry, &ask));
-            let assessment = stored
-                .as_ref()
-                .map(|entry| entry.timing.assess(&ask.directives, self.settings, SystemTime::now()));
+            let found = self.store.find(&key.0, &client_request.headers);
+            let stored = found.entry.filter(|entry| self.may_send(entry, &client_request));
+            let assessment = stored.as_ref().map(|entry| {
+                entry.timing.assess(&client_request.directives, self.settings, SystemTime::now())
+            });
             if let (Some(entry), Some(assessed)) = (&stored, assessment)
                 && assessed.reuse != Reuse::Validate
             {
-                return Ok(self.reuse((entry, assessed), &ask, &key, request));
+                return Ok(self.reuse((entry, assessed), &client_request, &key, request));
             }
-            if ask.directives.only_if_cached {
+            if client_request.directives.only_if_cached {
                 self.record(CacheResult::Miss);
                 return Err(ProxyError::new(
                     Cause::NotCached,
                     "the request says `only-if-cached`, and no stored response can be used",
                 ));
             }
-            let shares = may_wait && !found.alone && self.may_share(&ask, stored.is_some());
-            let flight_key = key.of_flight(found.other.as_deref().or(stored.as_deref()), &ask.headers);
+            let shares = may_wait && !found.alone && self.may_share(&client_request, stored.is_some());
+            let flight_key =
+                key.of_flight(found.other.as_deref().or(stored.as_deref()), &client_request.headers);
             let joined = if shares { self.store.flights.join(&flight_key) } else { Joined::Alone };
             let lead = match joined {
                 Joined::Leads(lead) => Some(lead),
                 Joined::Alone => None,
                 Joined::Follows(mut follower) => {
-                    match self.follow(&mut follower, &ask, stored.as_ref().zip(assessment)).await {
+                    match self.follow(&mut follower, &client_request, stored.as_ref().zip(assessment)).await {
                         Followed::Response(response) => return Ok(*response),
                         Followed::Again => continue,
                         Followed::Alone => {
                             may_wait = false;
-                            turn = follower.turn(self.time_left(&ask)).await;
+                            turn = follower.turn(self.time_left(&client_request)).await;
                             continue;
                         }
                         Followed::TooLong => {
@@ -236,7 +237,7 @@ impl CachedRoute<'_> {
                 store: Arc::clone(self.store),
                 settings: self.settings.clone(),
                 key,
-                ask,
+                client_request,
                 had_other: found.other.is_some(),
                 stored: stored.zip(assessment),
                 lead,
@@ -244,7 +245,7 @@ impl CachedRoute<'_> {
             };
             return fetch.run_for_client().await;
         }
-        // What it waited for was three times not for it.
+        // Each response that it waited for was for other requests: it goes alone.
         let response = exchange::run(self.origin, self.target, request, present).await;
         self.record(CacheResult::Miss);
         response.map(|mut response| {
@@ -255,31 +256,31 @@ impl CachedRoute<'_> {
     }
 
     /// Whether the response may be sent to a request with these credentials.
-    fn may_send(&self, entry: &Entry, ask: &ClientRequest) -> bool {
+    fn may_send(&self, entry: &Entry, client_request: &ClientRequest) -> bool {
         let varies = entry.selection.names().any(|name| *name == COOKIE);
-        may_be_sent(entry.timing.directives(), varies, &ask.headers, self.settings.authorization)
+        may_be_sent(entry.timing.directives(), varies, &client_request.headers, self.settings.authorization)
     }
 
     /// Whether requests like this one may wait for one response.
-    fn may_share(&self, ask: &ClientRequest, is_stored: bool) -> bool {
-        let credentials = ask.headers.contains_key(AUTHORIZATION)
+    fn may_share(&self, client_request: &ClientRequest, is_stored: bool) -> bool {
+        let credentials = client_request.headers.contains_key(AUTHORIZATION)
             && self.settings.authorization == AuthorizationRule::Refuse
-            || ask.headers.contains_key(COOKIE);
-        ask.method == Method::GET
+            || client_request.headers.contains_key(COOKIE);
+        client_request.method == Method::GET
             && !self.settings.coalesce.is_zero()
             && !credentials
-            && !ask.directives.no_cache
-            && !ask.directives.no_store
-            && !ask.headers.contains_key(RANGE)
+            && !client_request.directives.no_cache
+            && !client_request.directives.no_store
+            && !client_request.headers.contains_key(RANGE)
             // Without a stored response the condition goes to the service, and its 304 is for this client.
-            && (is_stored || !has_condition(&ask.headers))
+            && (is_stored || !has_condition(&client_request.headers))
     }
 
     /// Answers from the store.
     fn reuse(
         &self,
         (entry, assessed): (&Arc<Entry>, Assessment),
-        ask: &Rc<ClientRequest>,
+        client_request: &Rc<ClientRequest>,
         key: &CacheKey,
         request: &Request<ClientBody>,
     ) -> Response<ResponseBody> {
@@ -288,25 +289,31 @@ impl CachedRoute<'_> {
         let mut note = Note { hit: true, ttl: Some(assessed.ttl), ..Note::default() };
         if assessed.reuse == Reuse::WhileRevalidating {
             note.detail = Some("stale_while_revalidate");
-            let flight_key = key.of_flight(Some(entry), &ask.headers);
+            let flight_key = key.of_flight(Some(entry), &client_request.headers);
             // Only the response to a GET is stored.
-            if ask.method == Method::GET
+            if client_request.method == Method::GET
                 && let Some(lead) = self.store.flights.lead(&flight_key)
             {
-                fetch::revalidate_in_background(self, (entry, assessed), ask, key, (lead, request));
+                fetch::revalidate_in_background(
+                    self,
+                    (entry, assessed),
+                    client_request,
+                    key,
+                    (lead, request),
+                );
             }
         }
-        respond::from_entry(entry, ask, &note, &self.origin.view.proxy_names.deployment)
+        respond::from_entry(entry, client_request, &note, &self.origin.view.proxy_names.deployment)
     }
 
     /// Waits for the response that another request fetches.
     async fn follow(
         &self,
         follower: &mut Follower,
-        ask: &Rc<ClientRequest>,
+        client_request: &Rc<ClientRequest>,
         stored: Option<(&Arc<Entry>, Assessment)>,
     ) -> Followed {
-        let limit = (*self.settings.coalesce).min(self.time_left(ask));
+        let limit = (*self.settings.coalesce).min(self.time_left(client_request));
         let Some(state) = follower.wait(limit).await else { return Followed::TooLong };
         let (entry, fill) = match state {
             FlightState::Stored(entry) => (entry, None),
@@ -327,30 +334,38 @@ impl CachedRoute<'_> {
                     record.replaced_cause = Some(cause);
                 });
                 let deployment = &self.origin.view.proxy_names.deployment;
-                return Followed::Response(Box::new(respond::from_entry(entry, ask, &note, deployment)));
+                return Followed::Response(Box::new(respond::from_entry(
+                    entry,
+                    client_request,
+                    &note,
+                    deployment,
+                )));
             }
             FlightState::Alone | FlightState::Pending => return Followed::Alone,
         };
-        let assessed = entry.timing.assess(&ask.directives, self.settings, SystemTime::now());
-        if !entry.selection.matches(&ask.headers) {
+        let assessed = entry.timing.assess(&client_request.directives, self.settings, SystemTime::now());
+        if !entry.selection.matches(&client_request.headers) {
             // Its `Vary` is known now.
             return Followed::Again;
         }
-        if !self.may_send(&entry, ask) || assessed.reuse != Reuse::Fresh {
+        if !self.may_send(&entry, client_request) || assessed.reuse != Reuse::Fresh {
             return Followed::Alone;
         }
         let note = Note { hit: true, ttl: Some(assessed.ttl), is_collapsed: true, ..Note::default() };
         let deployment = &self.origin.view.proxy_names.deployment;
         self.record(CacheResult::Hit);
         Followed::Response(Box::new(match fill {
-            None => respond::from_entry(&entry, ask, &note, deployment),
+            None => respond::from_entry(&entry, client_request, &note, deployment),
             // The head is enough for a 304.
-            Some(_) if entry.status == StatusCode::OK && is_not_modified(&ask.headers, &entry.headers) => {
-                respond::from_entry(&entry, ask, &note, deployment)
+            Some(_)
+                if entry.status == StatusCode::OK
+                    && is_not_modified(&client_request.headers, &entry.headers) =>
+            {
+                respond::from_entry(&entry, client_request, &note, deployment)
             }
             Some(fill) => {
                 self.limit_body();
-                respond::from_fill(&entry, &fill, ask, &note, self.origin)
+                respond::from_fill(&entry, &fill, client_request, &note, self.origin)
             }
         }))
     }
@@ -363,9 +378,9 @@ impl CachedRoute<'_> {
     }
 
     /// How long the client can still wait for a response.
-    fn time_left(&self, ask: &ClientRequest) -> Duration {
+    fn time_left(&self, client_request: &ClientRequest) -> Duration {
         let (policy, _) = self.target.route_owner.cluster.policy(self.target.route);
-        let limits = [policy.timeout.limit(), deadline::request_timeout(&ask.headers)];
+        let limits = [policy.timeout.limit(), deadline::request_timeout(&client_request.headers)];
         let started = self.origin.progress.started();
         let own = self.origin.deadline.map(|at| at.saturating_duration_since(started));
         let limit = limits.into_iter().chain([own]).flatten().min().unwrap_or(Duration::from_secs(3600));

@@ -2,9 +2,9 @@
 //! cache, RFC 5861. Pure: the time is an argument, the store is elsewhere (`src/cache`).
 //!
 //! ```text
-//! request ─▶ request_rule: None (not cacheable: forward) | Lookup
-//! stored + request + now ─▶ assess ─▶ Fresh | Stale (serve, revalidate meanwhile) | Validate (forward; on error: stale?)
-//! response ─▶ is_storable ─▶ StoredHead ─▶ the store
+//! request ─▶ check_request: Ok (look into the store) | Bypass (forward)
+//! stored timing + request + now ─▶ assess ─▶ Fresh | WhileRevalidating (send, fetch anew meanwhile) | Validate (forward; on error: stale?)
+//! response ─▶ check_storable: Ok (the store) | NotStored
 //! 304 ─▶ update_head
 //! ```
 
@@ -39,7 +39,7 @@ pub struct CacheSettings {
     pub coalesce: HumanDuration,
     /// Responses to requests with `Authorization`: `refuse` stores them only where the response allows it.
     pub authorization: AuthorizationRule,
-    /// Whether callers with different verified identities share stored responses.
+    /// Whether clients with different verified identities share stored responses.
     pub shared_between_peers: bool,
 }
 

@@ -104,7 +104,7 @@ pub struct Fetch {
     pub store: Arc<Store>,
     pub settings: CacheSettings,
     pub key: CacheKey,
-    pub ask: Rc<ClientRequest>,
+    pub client_request: Rc<ClientRequest>,
     /// Other variants are stored.
     pub had_other: bool,
     /// What is stored for this request, and cannot be sent without asking.
@@ -118,7 +118,7 @@ pub struct Fetch {
 pub fn revalidate_in_background(
     route: &CachedRoute<'_>,
     (entry, assessed): (&Arc<Entry>, Assessment),
-    ask: &Rc<ClientRequest>,
+    client_request: &Rc<ClientRequest>,
     key: &CacheKey,
     (lead, request): (Leader, &Request<ClientBody>),
 ) {
@@ -129,7 +129,7 @@ pub fn revalidate_in_background(
     *again.method_mut() = Method::GET;
     *again.uri_mut() = request.uri().clone();
     *again.version_mut() = request.version();
-    *again.headers_mut() = ask.headers.clone();
+    *again.headers_mut() = client_request.headers.clone();
     // The whole response is fetched, also where the client wants a part of it, or nothing but what is stored.
     for name in [RANGE, IF_RANGE, CACHE_CONTROL, PRAGMA] {
         again.headers_mut().remove(name);
@@ -146,7 +146,7 @@ pub fn revalidate_in_background(
         store: Arc::clone(route.store),
         settings: route.settings.clone(),
         key: key.clone(),
-        ask: Rc::clone(ask),
+        client_request: Rc::clone(client_request),
         had_other: false,
         stored: Some((Arc::clone(entry), assessed)),
         lead: Some(lead),
@@ -166,7 +166,7 @@ impl Fetch {
     async fn run(mut self) -> Result<Response<ResponseBody>, ProxyError> {
         let ticket = self.store.ticket(&self.key.0);
         let validates = match &self.stored {
-            Some((entry, _)) if self.ask.method == Method::GET => {
+            Some((entry, _)) if self.client_request.method == Method::GET => {
                 make_conditional(self.request.headers_mut(), &entry.headers)
             }
             _ => false,
@@ -175,7 +175,7 @@ impl Fetch {
             .stored
             .as_ref()
             .filter(|(_, assessed)| assessed.on_error)
-            .map(|(entry, _)| StaleStandby::new(Arc::clone(entry), Rc::clone(&self.ask)));
+            .map(|(entry, _)| StaleStandby::new(Arc::clone(entry), Rc::clone(&self.client_request)));
         let requested_at = SystemTime::now();
         let mut request = std::mem::take(&mut self.request);
         let origin = self.origin.borrow(standby.as_ref());
@@ -243,7 +243,7 @@ impl Fetch {
             stored_at: received.at,
         });
         let is_storable = storable::check_storable(
-            &self.ask.headers,
+            &self.client_request.headers,
             self.settings.authorization,
             entry.status,
             &entry.headers,
@@ -251,7 +251,7 @@ impl Fetch {
         let is_stored = match is_storable {
             Ok(()) => self.store.insert(&self.key.0, &entry, received.ticket, !is_fresh),
             Err(_) => {
-                self.store.forget(&self.key.0, &self.ask.headers, true);
+                self.store.forget(&self.key.0, &self.client_request.headers, true);
                 false
             }
         };
@@ -266,7 +266,7 @@ impl Fetch {
             ttl: Some(entry.timing.ttl(received.at)).filter(|left| *left > 0),
             ..Note::default()
         };
-        respond::from_entry(&entry, &self.ask, &note, &self.origin.view.proxy_names.deployment)
+        respond::from_entry(&entry, &self.client_request, &note, &self.origin.view.proxy_names.deployment)
     }
 
     /// Any other response: stored where it may be, and sent to the client meanwhile.
@@ -274,9 +274,13 @@ impl Fetch {
         self.origin.record(CacheResult::Miss);
         let status = response.status();
         let headers = response.headers();
-        let is_get = self.ask.method == Method::GET;
-        let is_storable =
-            storable::check_storable(&self.ask.headers, self.settings.authorization, status, headers);
+        let is_get = self.client_request.method == Method::GET;
+        let is_storable = storable::check_storable(
+            &self.client_request.headers,
+            self.settings.authorization,
+            status,
+            headers,
+        );
         let reason = match &self.stored {
             Some((_, assessed)) if assessed.request_forces => "request",
             Some(_) => "stale",
@@ -311,7 +315,7 @@ impl Fetch {
             status,
             headers: entry_headers,
             body: Default::default(),
-            selection: Selection::new(names, &self.ask.headers),
+            selection: Selection::new(names, &self.client_request.headers),
             stored_at: received.at,
             timing,
         };
@@ -323,7 +327,7 @@ impl Fetch {
         let storing = Storing {
             store: Arc::clone(&self.store),
             key: std::mem::take(&mut self.key.0),
-            request: Rc::clone(&self.ask),
+            request: Rc::clone(&self.client_request),
             ticket: received.ticket,
             is_fresh: entry.timing.is_fresh(received.at),
             entry,
@@ -339,14 +343,14 @@ impl Fetch {
 
     /// A response that is not stored.
     fn pass_on(&mut self, is_storable: Result<(), NotStored>, status: StatusCode) {
-        let is_get = self.ask.method == Method::GET;
+        let is_get = self.client_request.method == Method::GET;
         let failed = status.is_server_error();
         if is_get && !failed && status != StatusCode::NOT_MODIFIED && status != StatusCode::PARTIAL_CONTENT {
             // What it says replaces what is stored. If it is the request that forbids to store, others may share.
             let of_request = matches!(is_storable, Err(NotStored::Authorization | NotStored::Cookie))
-                || self.ask.directives.no_store;
+                || self.client_request.directives.no_store;
             if !of_request {
-                self.store.forget(&self.key.0, &self.ask.headers, true);
+                self.store.forget(&self.key.0, &self.client_request.headers, true);
             }
         }
         if let Some(lead) = self.lead.take() {

@@ -87,13 +87,13 @@ impl Note {
 /// The response to a client from what is stored.
 pub fn from_entry(
     entry: &Entry,
-    ask: &ClientRequest,
+    client_request: &ClientRequest,
     note: &Note,
     deployment: &str,
 ) -> Response<ResponseBody> {
     let (mut status, mut body) = (entry.status, entry.body.clone());
     let (mut headers, is_whole) =
-        if entry.status == StatusCode::OK && is_not_modified(&ask.headers, &entry.headers) {
+        if entry.status == StatusCode::OK && is_not_modified(&client_request.headers, &entry.headers) {
             status = StatusCode::NOT_MODIFIED;
             (not_modified_head(&entry.headers), false)
         } else {
@@ -101,12 +101,12 @@ pub fn from_entry(
         };
     if is_whole
         && entry.status == StatusCode::OK
-        && ask.method == Method::GET
-        && ask.headers.contains_key(RANGE)
-        && allows_range(&ask.headers, &entry.headers)
+        && client_request.method == Method::GET
+        && client_request.headers.contains_key(RANGE)
+        && allows_range(&client_request.headers, &entry.headers)
     {
         let length = body.len();
-        match range::select(ask.headers.get(RANGE), length) {
+        match range::select(client_request.headers.get(RANGE), length) {
             Part::Whole => {}
             Part::Bytes(range) => {
                 status = StatusCode::PARTIAL_CONTENT;
@@ -125,25 +125,25 @@ pub fn from_entry(
     if has_body {
         headers.insert(CONTENT_LENGTH, body.len().into());
     }
-    let body = match ask.method {
+    let body = match client_request.method {
         Method::HEAD => ResponseBody::Empty,
         _ if !has_body || body.is_empty() => ResponseBody::Empty,
         _ => ResponseBody::whole(body),
     };
-    finish(headers, status, body, entry, (ask, note, deployment))
+    finish(headers, status, body, entry, (client_request, note, deployment))
 }
 
 /// The response to a client whose body still arrives.
 pub fn from_fill(
     entry: &Entry,
     fill: &Arc<Fill>,
-    ask: &ClientRequest,
+    client_request: &ClientRequest,
     note: &Note,
     origin: &Origin<'_>,
 ) -> Response<ResponseBody> {
     let body =
         ResponseBody::shared(fill.reader(), content_length(&entry.headers), Rc::clone(origin.progress));
-    let context = (ask, note, origin.view.proxy_names.deployment.as_str());
+    let context = (client_request, note, origin.view.proxy_names.deployment.as_str());
     finish(entry.headers.clone(), entry.status, body, entry, context)
 }
 
@@ -152,7 +152,7 @@ fn finish(
     status: StatusCode,
     body: ResponseBody,
     entry: &Entry,
-    (ask, note, deployment): (&ClientRequest, &Note, &str),
+    (client_request, note, deployment): (&ClientRequest, &Note, &str),
 ) -> Response<ResponseBody> {
     headers.remove(TRANSFER_ENCODING);
     headers.insert(AGE, entry.timing.age(SystemTime::now()).as_secs().into());
@@ -160,7 +160,7 @@ fn finish(
     let mut response = Response::new(body);
     *response.status_mut() = status;
     *response.headers_mut() = headers;
-    *response.version_mut() = ask.version;
+    *response.version_mut() = client_request.version;
     response
 }
 

@@ -19,7 +19,7 @@ use crate::{
 #[derive(Debug)]
 pub struct StaleStandby {
     pub entry: Arc<Entry>,
-    pub ask: Rc<ClientRequest>,
+    pub client_request: Rc<ClientRequest>,
     used: Cell<Option<&'static str>>,
 }
 
@@ -54,8 +54,8 @@ impl Failure {
 }
 
 impl StaleStandby {
-    pub fn new(entry: Arc<Entry>, ask: Rc<ClientRequest>) -> Self {
-        Self { entry, ask, used: Cell::default() }
+    pub fn new(entry: Arc<Entry>, client_request: Rc<ClientRequest>) -> Self {
+        Self { entry, client_request, used: Cell::default() }
     }
 
     /// The cause of the failure that it replaced.
@@ -79,7 +79,7 @@ impl StaleStandby {
         } else {
             note.hit = true;
         }
-        respond::from_entry(&self.entry, &self.ask, &note, &origin.view.proxy_names.deployment)
+        respond::from_entry(&self.entry, &self.client_request, &note, &origin.view.proxy_names.deployment)
     }
 }
 
