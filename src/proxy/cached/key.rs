@@ -54,9 +54,9 @@ impl CacheKey {
         key.extend(url(origin, target, request));
         key.push(b'\n');
         if !route.settings.shared_between_peers
-            && let Some(identity) = origin.progress.with_record(|record| record.identity.clone()).flatten()
+            && let Some(identity) = identity(origin)
         {
-            key.extend(identity.to_string().bytes().filter(|byte| *byte != b'\n'));
+            key.extend(identity.into_iter().filter(|byte| *byte != b'\n'));
         }
         key.push(b'\n');
         if route.settings.authorization == AuthorizationRule::Key {
@@ -83,6 +83,14 @@ impl CacheKey {
             key.push(b'\n');
         }
         key
+    }
+}
+
+/// The verified identity of the peer.
+fn identity(origin: &Origin<'_>) -> Option<Vec<u8>> {
+    match origin.client {
+        Some(client) => client.peer_identity.as_ref().map(|peer| peer.to_string().into_bytes()),
+        None => origin.identity.map(|identity| identity.as_bytes().to_vec()),
     }
 }
 
