@@ -10,7 +10,7 @@ use std::{
     collections::hash_map::RandomState,
     hash::BuildHasher,
     sync::{
-        Arc,
+        Arc, PoisonError, RwLock,
         atomic::{AtomicU64, Ordering},
     },
     time::{Duration, Instant, SystemTime},
@@ -123,6 +123,8 @@ pub struct Store {
     evictions: Arc<AtomicU64>,
     epochs: Box<[AtomicU64]>,
     purges: AtomicU64,
+    /// Written while `resize` copies: what changes the old cache meanwhile would be lost, and what is purged kept.
+    resizing: RwLock<()>,
     hasher: RandomState,
     /// Bytes of responses that are on their way into the store.
     filling: AtomicU64,
@@ -138,6 +140,7 @@ impl Store {
             evictions,
             epochs: (0..SLOTS).map(|_| AtomicU64::new(0)).collect(),
             purges: AtomicU64::new(0),
+            resizing: RwLock::default(),
             hasher: RandomState::new(),
             filling: AtomicU64::new(0),
             flights: Flights::default(),
@@ -149,6 +152,7 @@ impl Store {
         if self.max_bytes.swap(max_bytes, Ordering::Relaxed) == max_bytes {
             return;
         }
+        let _resizing = self.resizing.write().unwrap_or_else(PoisonError::into_inner);
         let old = self.cache.load_full();
         let new = build(max_bytes, &self.evictions);
         for (key, resource) in old.iter() {
@@ -244,6 +248,7 @@ impl Store {
     }
 
     fn change(&self, key: &[u8], change: impl FnOnce(&mut Resource)) {
+        let _unless_resizing = self.resizing.read().unwrap_or_else(PoisonError::into_inner);
         let cache = self.cache.load();
         cache.entry(Key(key.into())).and_compute_with(|old| {
             let mut resource = old.map(|old| Resource::clone(&old.into_value())).unwrap_or_default();
@@ -285,6 +290,7 @@ impl Store {
     fn remove(&self, names: impl Fn(&[u8]) -> bool) -> u64 {
         // First, so that a response on its way is not stored after this.
         self.purges.fetch_add(1, Ordering::AcqRel);
+        let _unless_resizing = self.resizing.read().unwrap_or_else(PoisonError::into_inner);
         let cache = self.cache.load();
         let mut removed = 0;
         for (key, resource) in cache.iter() {

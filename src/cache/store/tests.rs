@@ -89,3 +89,29 @@ fn a_key_keeps_a_bounded_number_of_variants() {
     assert_eq!((0..100).filter(|number| found(*number)).count(), MAX_VARIANTS);
     assert!(found(99) && !found(0));
 }
+
+/// A purge during a reload with another `max_bytes` removes what is copied; what is stored meanwhile stays.
+#[test]
+fn what_changes_while_the_store_is_resized_is_not_lost() {
+    let store = Store::new(1 << 20);
+    for number in 0..200 {
+        put(&store, &format!("o0 up\nhttp://other/{number}\n\n\n"), "x");
+    }
+    let is_done = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut bytes = 2 << 20;
+            while !is_done.load(Ordering::Relaxed) {
+                store.resize(bytes);
+                bytes ^= 1;
+            }
+        });
+        let lost = (0..500).find(|_| {
+            let is_stored = put(&store, A, "1") && body(&store, A).is_some();
+            let purged = store.purge("http://up/a");
+            !is_stored || purged != 1 || body(&store, A).is_some()
+        });
+        is_done.store(true, Ordering::Relaxed);
+        assert_eq!(lost, None);
+    });
+}
