@@ -1,5 +1,6 @@
 //! A body that is read by several clients while it arrives. A slow reader does not delay the others: the whole body is buffered, up to
-//! the store's limit for one response. What turns out to be larger is relayed to its one reader, with back-pressure.
+//! the store's limit for one response, in memory that is reserved until the last reader is gone. What turns out to be larger, or finds
+//! no memory left, is relayed to its one reader, with back-pressure.
 
 use std::{
     collections::VecDeque,
@@ -12,6 +13,13 @@ use std::{
 
 use bytes::{Bytes, BytesMut};
 
+use super::reservation::Reservation;
+
+/// What a relayed body buffers at most, beside its last part.
+const RELAY_BUFFER: u64 = 64 << 10;
+/// What a reader gets at a time of a body that is complete.
+const PART: usize = 16 << 10;
+
 /// How a body ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FillEnd {
@@ -20,14 +28,18 @@ pub enum FillEnd {
 }
 
 /// A body on its way.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Fill {
     state: Mutex<State>,
     readers: AtomicUsize,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct State {
+    /// Covers `parts` and `whole`.
+    reservation: Reservation,
+    /// The complete body, in place of `parts`: the same memory as in the store.
+    whole: Option<Bytes>,
     parts: VecDeque<Bytes>,
     /// The number of the first part: those before were relayed.
     first: usize,
@@ -44,9 +56,26 @@ struct State {
 pub struct FillReader {
     fill: Arc<Fill>,
     next: usize,
+    /// Bytes that it has got.
+    read: usize,
 }
 
 impl Fill {
+    pub fn new(reservation: Reservation) -> Self {
+        let state = State {
+            reservation,
+            whole: None,
+            parts: VecDeque::new(),
+            first: 0,
+            buffered: 0,
+            end: None,
+            is_relay: false,
+            readers: Vec::new(),
+            writer: None,
+        };
+        Self { state: Mutex::new(state), readers: AtomicUsize::new(0) }
+    }
+
     fn with<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
         change(&mut self.state.lock().unwrap_or_else(PoisonError::into_inner))
     }
@@ -54,12 +83,12 @@ impl Fill {
     /// A reader from the beginning.
     pub fn reader(self: &Arc<Self>) -> FillReader {
         self.readers.fetch_add(1, Ordering::Relaxed);
-        FillReader { fill: Arc::clone(self), next: 0 }
+        FillReader { fill: Arc::clone(self), next: 0, read: 0 }
     }
 
-    /// Whether it has readers.
-    pub fn has_readers(&self) -> bool {
-        self.readers.load(Ordering::Relaxed) > 0
+    /// Reserves memory for this many bytes in all; false: there is none left.
+    pub fn reserve(&self, bytes: u64) -> bool {
+        self.with(|state| state.reservation.grow(bytes))
     }
 
     pub fn push(&self, part: Bytes) {
@@ -91,10 +120,10 @@ impl Fill {
         self.with(|state| state.is_relay = true);
     }
 
-    /// Ready when less than `limit` is unread, or there is no reader any more.
-    pub fn poll_capacity(&self, cx: &mut Context<'_>, limit: u64) -> Poll<()> {
+    /// Ready when the reader of a relayed body has capacity for more.
+    pub fn poll_capacity(&self, cx: &mut Context<'_>) -> Poll<()> {
         self.with(|state| {
-            if state.buffered < limit || self.readers.load(Ordering::Relaxed) == 0 {
+            if state.buffered < RELAY_BUFFER {
                 return Poll::Ready(());
             }
             state.writer = Some(cx.waker().clone());
@@ -102,24 +131,47 @@ impl Fill {
         })
     }
 
-    /// All of it, in memory of its own: parts may hold larger buffers.
-    pub fn whole(&self) -> Bytes {
+    /// Ready when it has no reader any more.
+    pub fn poll_unread(&self, cx: &mut Context<'_>) -> Poll<()> {
         self.with(|state| {
-            let mut whole = BytesMut::with_capacity(usize::try_from(state.buffered).unwrap_or_default());
-            state.parts.iter().for_each(|part| whole.extend_from_slice(part));
-            whole.freeze()
+            if self.readers.load(Ordering::Relaxed) == 0 {
+                return Poll::Ready(());
+            }
+            state.writer = Some(cx.waker().clone());
+            Poll::Pending
         })
+    }
+
+    /// Ends it. Returns all of it, in memory of its own, since parts may hold larger buffers. Readers share that memory.
+    pub fn complete(&self) -> Bytes {
+        let (whole, wakers) = self.with(|state| {
+            let mut whole = BytesMut::with_capacity(usize::try_from(state.buffered).unwrap_or_default());
+            state.parts.drain(..).for_each(|part| whole.extend_from_slice(&part));
+            let whole = whole.freeze();
+            state.whole = Some(whole.clone());
+            state.buffered = 0;
+            state.end = Some(FillEnd::Complete);
+            (whole, std::mem::take(&mut state.readers))
+        });
+        wakers.into_iter().for_each(Waker::wake);
+        whole
     }
 }
 
 impl FillReader {
     /// The next part; `None` at its end.
     pub fn poll_part(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, FillEnd>>> {
-        let next = &mut self.next;
+        let (next, read) = (&mut self.next, &mut self.read);
         let (part, writer) = self.fill.with(|state| {
+            if let Some(whole) = &state.whole {
+                let part = part_of(whole, *read);
+                *read += part.len();
+                return (Poll::Ready((!part.is_empty()).then_some(Ok(part))), None);
+            }
             let at = next.saturating_sub(state.first);
             if let Some(part) = state.parts.get(at).cloned() {
                 *next += 1;
+                *read += part.len();
                 let mut writer = None;
                 if state.is_relay {
                     while state.first < *next
@@ -128,6 +180,7 @@ impl FillReader {
                         state.buffered -= read.len() as u64;
                         state.first += 1;
                     }
+                    state.reservation.shrink(state.buffered);
                     writer = state.writer.take();
                 }
                 return (Poll::Ready(Some(Ok(part))), writer);
@@ -152,8 +205,22 @@ impl FillReader {
     /// Whether there is nothing left.
     pub fn is_at_end(&self) -> bool {
         self.fill.with(|state| {
+            if let Some(whole) = &state.whole {
+                return self.read >= whole.len();
+            }
             state.end == Some(FillEnd::Complete) && self.next.saturating_sub(state.first) >= state.parts.len()
         })
+    }
+}
+
+/// The part of a complete body that begins here. The last one is a copy: its reader is gone, and with it the reservation,
+/// while a connection may hold the part for long.
+fn part_of(whole: &Bytes, from: usize) -> Bytes {
+    let to = whole.len().min(from.saturating_add(PART));
+    match whole.get(from..to) {
+        Some(last) if to == whole.len() => Bytes::copy_from_slice(last),
+        Some(_) => whole.slice(from..to),
+        None => Bytes::new(),
     }
 }
 
@@ -165,3 +232,6 @@ impl Drop for FillReader {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

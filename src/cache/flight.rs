@@ -125,6 +125,11 @@ impl Followers {
 }
 
 impl Leader {
+    /// Whether requests wait for it.
+    pub fn has_followers(&self) -> bool {
+        self.flight.state.receiver_count() > 0
+    }
+
     pub fn followers(&self) -> Followers {
         Followers(Arc::clone(&self.flight))
     }

@@ -3,6 +3,7 @@
 
 pub mod fill;
 pub mod flight;
+pub mod reservation;
 pub mod store;
 
 pub use store::{Entry, Listed, Store};

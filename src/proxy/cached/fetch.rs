@@ -1,12 +1,23 @@
 //! Fetches a response for the store: for the client that misses it, for those that wait with it, or in the background.
 
-use std::{rc::Rc, sync::Arc, time::SystemTime};
+use std::{
+    future::poll_fn,
+    pin::Pin,
+    rc::Rc,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use http::{
     HeaderName, HeaderValue, Method, Request, Response, StatusCode,
     header::{CACHE_CONTROL, IF_RANGE, PRAGMA, RANGE},
 };
-use tokio::{sync::OwnedSemaphorePermit, task::spawn_local, time::Instant};
+use http_body::Body as _;
+use tokio::{
+    sync::OwnedSemaphorePermit,
+    task::spawn_local,
+    time::{Instant, timeout},
+};
 
 use super::{
     CacheKey, CachedRoute, ClientRequest, StaleStandby,
@@ -43,6 +54,9 @@ use crate::{
     },
     telemetry::record::CacheResult,
 };
+
+/// How long a body of unknown length is read in the background.
+const LONGEST_REVALIDATION: Duration = Duration::from_secs(60);
 
 /// An [`Origin`] that can outlive its client.
 pub struct OwnedOrigin {
@@ -152,7 +166,29 @@ pub fn revalidate_in_background(
         lead: Some(lead),
         turn: None,
     };
-    spawn_local(watch(Box::pin(async move { drop(fetch.run().await) }), progress));
+    let limit = *route.settings.object_limit;
+    let run = async move {
+        if let Ok(response) = fetch.run().await {
+            read_for_store(response.into_body(), limit).await;
+        }
+    };
+    spawn_local(watch(Box::pin(run), progress));
+}
+
+/// Reads a body that is being stored in place of a client: where its length is unknown, it is stored only while it is read.
+async fn read_for_store(mut body: ResponseBody, limit: u64) {
+    if !matches!(body, ResponseBody::Shared(_)) {
+        return;
+    }
+    let read = async {
+        let mut left = limit;
+        while let Some(Ok(frame)) = poll_fn(|cx| Pin::new(&mut body).poll_frame(cx)).await {
+            let length = frame.data_ref().map_or(0, |data| data.len() as u64);
+            let Some(rest) = left.checked_sub(length) else { return };
+            left = rest;
+        }
+    };
+    let _ = timeout(LONGEST_REVALIDATION, read).await;
 }
 
 impl Fetch {
@@ -390,6 +426,7 @@ const fn why(is_storable: Result<(), NotStored>, too_large: bool) -> Option<&'st
         Err(NotStored::SetCookie) => "set_cookie",
         Err(NotStored::Vary) => "vary",
         Err(NotStored::Status) => "status",
+        Err(NotStored::EventStream) => "event_stream",
         Ok(()) if too_large => "too_large",
         Ok(()) => "trailers",
     })

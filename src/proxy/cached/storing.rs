@@ -1,6 +1,12 @@
 //! A response on its way into the store, and to its clients at the same time.
 
-use std::{future::poll_fn, pin::Pin, rc::Rc, sync::Arc};
+use std::{
+    future::poll_fn,
+    pin::Pin,
+    rc::Rc,
+    sync::Arc,
+    task::{Poll, ready},
+};
 
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName, header::TRANSFER_ENCODING};
@@ -13,6 +19,7 @@ use crate::{
         Entry, Store,
         fill::{Fill, FillEnd},
         flight::{FlightState, Leader},
+        reservation::Reservation,
         store::Ticket,
     },
     proxy::{body::ResponseBody, progress::Progress},
@@ -58,33 +65,10 @@ pub struct Storing {
     pub progress: Rc<Progress>,
 }
 
-/// Memory of the store that is promised to a response on its way.
-struct Reservation {
-    store: Arc<Store>,
-    bytes: u64,
-}
-
-impl Reservation {
-    fn grow(&mut self, to: u64) -> bool {
-        let more = to.saturating_sub(self.bytes);
-        let fits = more == 0 || self.store.reserve(more);
-        if fits {
-            self.bytes += more;
-        }
-        fits
-    }
-}
-
-impl Drop for Reservation {
-    fn drop(&mut self) {
-        self.store.release(self.bytes);
-    }
-}
-
 impl Storing {
     /// Begins to read the body. Returns the client's view of it.
     pub fn begin(mut self, mut body: ResponseBody) -> ResponseBody {
-        let mut reservation = Reservation { store: Arc::clone(&self.store), bytes: 0 };
+        let mut reservation = Reservation::new(Arc::clone(&self.store));
         if !reservation.grow(self.length.unwrap_or(0)) {
             self.resolve(FlightState::Alone);
             return body;
@@ -97,7 +81,11 @@ impl Storing {
             self.complete(whole);
             return body;
         }
-        let fill = Arc::new(Fill::default());
+        if !self.is_fresh {
+            // Others do not get it: they need not wait for its end, which may never come.
+            self.resolve(FlightState::Alone);
+        }
+        let fill = Arc::new(Fill::new(reservation));
         let client = ResponseBody::shared(fill.reader(), self.length, Rc::clone(&self.progress));
         if self.is_fresh
             && self.length.is_some()
@@ -116,7 +104,7 @@ impl Storing {
         let guard = EndGuard(Arc::clone(&fill));
         spawn_local(watch(
             Box::pin(async move {
-                self.drive(&mut body, &fill, reservation).await;
+                self.drive(&mut body, &fill).await;
                 drop(guard);
             }),
             progress,
@@ -124,22 +112,28 @@ impl Storing {
         client
     }
 
-    /// Reads the body to its end, at the speed of the upstream.
-    async fn drive(mut self, body: &mut ResponseBody, fill: &Arc<Fill>, mut reservation: Reservation) {
+    /// Reads the body to its end, at the speed of the upstream. A body of unknown length may have no end (a watch, a feed):
+    /// it is read only as long as a client reads it or waits for it.
+    async fn drive(mut self, body: &mut ResponseBody, fill: &Arc<Fill>) {
         let mut received: u64 = 0;
         let mut is_relay = false;
         loop {
-            if is_relay {
-                poll_fn(|cx| fill.poll_capacity(cx, self.limit.max(1))).await;
-                if !fill.has_readers() {
-                    return;
+            let next = poll_fn(|cx| {
+                let may_stop = is_relay || self.length.is_none();
+                if may_stop && fill.poll_unread(cx).is_ready() && !self.is_awaited() {
+                    return Poll::Ready(None);
                 }
-            }
-            match poll_fn(|cx| Pin::new(&mut *body).poll_frame(cx)).await {
+                if is_relay {
+                    ready!(fill.poll_capacity(cx));
+                }
+                Pin::new(&mut *body).poll_frame(cx).map(Some)
+            });
+            let Some(next) = next.await else { return };
+            match next {
                 Some(Ok(frame)) => {
                     let Ok(data) = frame.into_data() else { continue };
                     received += data.len() as u64;
-                    if !is_relay && (received > self.limit || !reservation.grow(received)) {
+                    if !is_relay && (received > self.limit || !fill.reserve(received)) {
                         is_relay = true;
                         fill.relay();
                         self.store.forget(&self.key, &self.request.headers, true);
@@ -159,9 +153,11 @@ impl Storing {
             fill.end(if is_whole { FillEnd::Complete } else { FillEnd::Broken });
             return;
         }
-        let whole = fill.whole();
-        fill.end(FillEnd::Complete);
-        self.complete(whole);
+        self.complete(fill.complete());
+    }
+
+    fn is_awaited(&self) -> bool {
+        self.lead.as_ref().is_some_and(Leader::has_followers)
     }
 
     /// Stores the response.

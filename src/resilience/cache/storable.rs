@@ -2,7 +2,7 @@
 
 use http::{
     HeaderMap, HeaderName, Method, StatusCode,
-    header::{AUTHORIZATION, COOKIE, EXPIRES, RANGE, SET_COOKIE, UPGRADE},
+    header::{AUTHORIZATION, CONTENT_TYPE, COOKIE, EXPIRES, RANGE, SET_COOKIE, UPGRADE},
 };
 
 use super::{
@@ -29,6 +29,8 @@ pub enum NotStored {
     Vary,
     /// Its status needs explicit freshness, and there is none.
     Status,
+    /// `text/event-stream`: it has no end.
+    EventStream,
 }
 
 /// Fields that make another method of a GET.
@@ -136,12 +138,21 @@ pub fn check_storable(
     if response.contains_key(SET_COOKIE) && !directives.public {
         return Err(NotStored::SetCookie);
     }
+    if is_event_stream(response) {
+        return Err(NotStored::EventStream);
+    }
     let explicit = directives.public
         || directives.max_age.is_some()
         || directives.s_maxage.is_some()
         || response.contains_key(EXPIRES);
     // Without freshness it is still of use when the upstream fails.
     if explicit || is_heuristically_cacheable(status) { Ok(()) } else { Err(NotStored::Status) }
+}
+
+fn is_event_stream(response: &HeaderMap) -> bool {
+    let media_type = response.get(CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    let media_type = media_type.split(';').next().unwrap_or_default().trim();
+    media_type.eq_ignore_ascii_case("text/event-stream")
 }
 
 /// Whether a stored response may be sent to a request with these credentials.

@@ -150,6 +150,7 @@ fn rfc9111_3_what_may_be_stored() {
     let check = |request: &[(&str, &str)], status: u16, response: &[(&str, &str)], rule| {
         check_storable(&map(request), rule, StatusCode::from_u16(status).unwrap(), &map(response))
     };
+    let events = ("content-type", "Text/Event-Stream; charset=utf-8");
     let fresh = ("cache-control", "max-age=60");
     let public = ("cache-control", "public, max-age=60");
     let token = ("authorization", "Bearer a");
@@ -159,6 +160,7 @@ fn rfc9111_3_what_may_be_stored() {
         (vec![], 200, vec![fresh], Refuse, Ok(())),
         (vec![], 206, vec![fresh], Refuse, Err(NotStored::Kind)),
         (vec![], 503, vec![], Refuse, Err(NotStored::Status)),
+        (vec![], 200, vec![fresh, events], Refuse, Err(NotStored::EventStream)),
         (vec![], 503, vec![fresh], Refuse, Ok(())),
         (vec![], 302, vec![], Refuse, Err(NotStored::Status)),
         (vec![], 200, vec![("cache-control", "NO-STORE")], Refuse, Err(NotStored::NoStore)),

@@ -1,10 +1,16 @@
 //! One fetch for all that wait for the same response.
 
-use std::{io::Write as _, net::TcpStream, thread, time::Duration};
+use std::{
+    io::{Read as _, Write as _},
+    net::TcpStream,
+    thread,
+    time::Duration,
+};
 
 use tokio::sync::Semaphore;
 
 use super::*;
+use crate::support::RawServer;
 
 /// Answers when permitted.
 fn held(fields: &'static [(&'static str, &'static str)]) -> (Service, Arc<Semaphore>) {
@@ -131,4 +137,49 @@ fn a_slow_first_reader_holds_nobody() {
     let mut rest = RawClient::connect(proxy.outbound());
     assert_eq!(rest.ask("GET / HTTP/1.1\r\nHost: up\r\n\r\n").body.len(), large.len());
     assert_eq!(service.requests(), 1);
+}
+
+/// Sends one byte every few milliseconds, until its connection is closed.
+fn endless(fields: &'static str) -> (RawServer, Arc<AtomicUsize>) {
+    let closed = Arc::<AtomicUsize>::default();
+    let count = Arc::clone(&closed);
+    let server = RawServer::start(move |mut stream| {
+        let _ = stream.read(&mut [0; 4096]);
+        let head = format!("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n{fields}\r\n");
+        let _ = stream.write_all(head.as_bytes());
+        let _ = stream.set_read_timeout(Some(Duration::from_millis(5)));
+        while stream.write_all(b"1\r\nx\r\n").is_ok() && !matches!(stream.read(&mut [0; 16]), Ok(0)) {}
+        count.fetch_add(1, Ordering::SeqCst);
+    });
+    (server, closed)
+}
+
+/// A response without an end (a watch, a feed) costs a permit and a connection: only as long as a client reads it.
+#[test]
+fn a_response_without_an_end_ends_with_its_client() {
+    for fields in ["", "Cache-Control: max-age=60\r\n", "Content-Type: text/event-stream\r\n"] {
+        let (server, closed) = endless(fields);
+        let proxy = proxy(server.address(), "");
+        let mut client = TcpStream::connect(proxy.outbound()).unwrap();
+        client.write_all(b"GET / HTTP/1.1\r\nHost: up\r\n\r\n").unwrap();
+        assert!(client.read(&mut [0; 4096]).unwrap() > 0);
+        assert_eq!(closed.load(Ordering::SeqCst), 0);
+        drop(client);
+        eventually("the service's connection is closed", || closed.load(Ordering::SeqCst) == 1);
+    }
+}
+
+#[test]
+fn no_request_waits_for_the_end_of_a_response_that_is_not_shared() {
+    let (server, _) = endless("");
+    let proxy = proxy_with(server.address(), "coalesce = \"600s\"", "timeout = \"600s\"\n");
+    let clients: Vec<TcpStream> = (0..3)
+        .map(|_| {
+            let mut client = TcpStream::connect(proxy.outbound()).unwrap();
+            client.write_all(b"GET / HTTP/1.1\r\nHost: up\r\n\r\n").unwrap();
+            client
+        })
+        .collect();
+    eventually("each has its own", || server.connections() == 3);
+    drop(clients);
 }

@@ -1,12 +1,17 @@
 //! HTTP/2 clients and upstreams: one store for both protocols.
 
+use std::io::{Read as _, Write as _};
+
 use bytes::BytesMut;
 use h2::client::SendRequest;
 use http::{HeaderMap, Request as HttpRequest};
 use tokio::{sync::Semaphore, task::JoinSet};
 
 use super::*;
-use crate::support::h2_server::{H2Server, client, request};
+use crate::support::{
+    RawServer,
+    h2_server::{H2Server, client, request},
+};
 
 type Answer = (u16, HeaderMap, Bytes);
 
@@ -145,4 +150,46 @@ async fn a_response_that_breaks_off_is_not_stored() {
         assert_eq!(server.requests(), number, "not from the store");
     }
     assert_eq!(waiting(&proxy), 0);
+}
+
+/// Clients that open no window get bodies one after the other, each larger than what may be on its way beside another.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn bodies_that_clients_do_not_read_take_no_more_than_the_store() {
+    const SIZE: usize = 4 << 20;
+    const STREAMS: u32 = 16;
+    for framing in ["Content-Length: 4194304\r\n\r\n", "Transfer-Encoding: chunked\r\n\r\n400000\r\n"] {
+        let service = RawServer::start(move |mut stream| {
+            let _ = stream.read(&mut [0; 4096]);
+            let head = format!("HTTP/1.1 200 OK\r\nCache-Control: max-age=60\r\n{framing}");
+            let _ = stream.write_all(&[head.as_bytes(), &vec![b'x'; SIZE], b"\r\n0\r\n\r\n"].concat());
+            // Until the proxy closes.
+            let _ = stream.read(&mut [0; 1]);
+        });
+        let proxy = proxy(service.address(), "max_bytes = \"8MiB\", object_limit = \"5MiB\"");
+        let mut builder = ::h2::client::Builder::new();
+        builder.initial_window_size(0);
+        let sender = client(proxy.outbound(), builder).await;
+        let before = proxy.resident_kib();
+        let mut unread = Vec::new();
+        for number in 0..STREAMS {
+            let mut ready = sender.clone().ready().await.unwrap();
+            let (response, _) =
+                ready.send_request(request("GET", "up", &format!("/{number}")), true).unwrap();
+            unread.push(response.await.unwrap());
+            tokio::task::block_in_place(|| until_settled(&proxy));
+        }
+        let more = proxy.resident_kib().saturating_sub(before);
+        assert!(more < 36 << 10, "{more} KiB more for {STREAMS} bodies of 4 MiB");
+    }
+}
+
+/// Waits until the proxy's memory has not changed for a while.
+fn until_settled(proxy: &Proxy) {
+    let (mut last, mut same) = (0, 0);
+    eventually("its memory is settled", || {
+        let now = proxy.resident_kib();
+        same = if now == last { same + 1 } else { 0 };
+        last = now;
+        same >= 20
+    });
 }

@@ -252,3 +252,19 @@ fn clients_do_not_notice_that_the_service_goes_away() {
     assert_eq!(failed[0], 0);
     assert!(failed[1] > 1000, "without a cache they fail: {failed:?}");
 }
+
+/// A body of unknown length is stored although nobody but the store reads it.
+#[test]
+fn a_chunked_response_is_fetched_anew_in_the_background() {
+    let connections = AtomicUsize::new(0);
+    let service = RawServer::start(move |mut stream| {
+        let _ = stream.read(&mut [0; 4096]);
+        let number = connections.fetch_add(1, Ordering::SeqCst) + 1;
+        let head = "HTTP/1.1 200 OK\r\nCache-Control: max-age=0, stale-while-revalidate=60\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n";
+        let _ = stream.write_all(format!("{head}1\r\n{}\r\n0\r\n\r\n", number.min(9)).as_bytes());
+    });
+    let proxy = proxy(service.address(), "");
+    assert_eq!(get(&proxy, "/", "").1, "1");
+    eventually("it is stored", || get(&proxy, "/", "Cache-Control: only-if-cached\r\n").0 == 200);
+    eventually("it is replaced", || get(&proxy, "/", "").1 != "1");
+}
