@@ -44,7 +44,7 @@ pub enum DeadReason {
     Expired,
     /// It may have been processed, and the queue must not send twice (`ambiguous = "dead"`).
     Ambiguous,
-    /// What is stored cannot be read, or its client may no longer send it.
+    /// What is stored cannot be read, its client may no longer send it, or its upstream is not configured any more.
     Poison,
     /// An operator dropped it.
     Operator,

@@ -1,11 +1,11 @@
 //! One attempt of a delivery, through the ordinary exchange.
 
-use std::{rc::Rc, sync::Arc, time::Duration};
+use std::{future::poll_fn, pin::Pin, rc::Rc, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, Version, header::CONTENT_LENGTH};
 use http_body::Body;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout_at};
 
 use super::stored::StoredOrigin;
 use crate::{
@@ -41,7 +41,8 @@ use crate::{
 
 const X_OUTRIGGER_DELIVERY: HeaderName = HeaderName::from_static("x-outrigger-delivery");
 const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
-/// An attempt at a service without a `timeout` ends after this time: it must not hold its slot for ever.
+/// An attempt at a service without a `timeout` ends after this time, and so does reading a response: it must not hold its
+/// slot for ever.
 const LONGEST_ATTEMPT: Duration = Duration::from_secs(300);
 
 /// How an attempt ended, with what is stored of it.
@@ -90,7 +91,8 @@ pub async fn perform(
         headers.insert(X_OUTRIGGER_ATTEMPT, (due.attempts + 1).into());
     }
     let Some(target) = find_target(worker, &view, &accepted, &request) else {
-        return Report::failed(DeliveryOutcome::NotSent { retry_after: None }, Cause::UnknownUpstream.word());
+        tracing::warn!(delivery = %due.id, upstream = accepted.upstream, "the upstream of a delivery is not configured any more");
+        return Report::failed(DeliveryOutcome::NoUpstream, Cause::UnknownUpstream.word());
     };
     if accepted.side == Side::Inbound {
         let peer = accepted.identity.as_ref().map(xfcc::read_names);
@@ -251,8 +253,10 @@ async fn responded(
     if !is_streaming {
         progress.done(RequestEnd::Complete, Instant::now());
     }
-    let Some(Ok((body, truncated))) = read else {
-        return Report::failed(DeliveryOutcome::NoResponse, Cause::Reset.word());
+    let (body, truncated) = match read {
+        Some(Ok(read)) => read,
+        Some(Err(cause)) => return Report::failed(DeliveryOutcome::NoResponse, cause.word()),
+        None => return Report::failed(DeliveryOutcome::NoResponse, Cause::Reset.word()),
     };
     let outcome = Outcome {
         status: Some(head.status.as_u16()),
@@ -271,14 +275,15 @@ async fn responded(
     Report { end, is_stale: false, attempt: None, cause, outcome }
 }
 
-/// Reads all of a body and keeps its beginning.
-async fn read_body(
-    mut body: ResponseBody,
-    limit: u64,
-) -> Result<(Vec<u8>, bool), crate::upstream::BodyError> {
+/// Reads all of a body and keeps its beginning. A body may be endless: it is read for [`LONGEST_ATTEMPT`].
+async fn read_body<B: Body<Data = Bytes> + Unpin>(mut body: B, limit: u64) -> Result<(Vec<u8>, bool), Cause> {
     let (mut kept, mut truncated) = (Vec::new(), false);
-    while let Some(frame) = std::future::poll_fn(|cx| std::pin::Pin::new(&mut body).poll_frame(cx)).await {
-        let Ok(data) = frame?.into_data() else { continue };
+    let over = Instant::now() + LONGEST_ATTEMPT;
+    loop {
+        let frame = poll_fn(|cx| Pin::new(&mut body).poll_frame(cx));
+        let frame = timeout_at(over, frame).await.map_err(|_| Cause::Timeout)?;
+        let Some(frame) = frame else { break };
+        let Ok(data) = frame.map_err(|_| Cause::Reset)?.into_data() else { continue };
         let space = usize::try_from(limit).unwrap_or(usize::MAX).saturating_sub(kept.len());
         truncated |= data.len() > space;
         kept.extend_from_slice(&data[..data.len().min(space)]);
@@ -297,4 +302,42 @@ fn encode_head(status: u16, headers: &HeaderMap) -> Vec<u8> {
     }
     bytes.extend_from_slice(b"\r\n");
     bytes
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        convert::Infallible,
+        task::{Context, Poll},
+    };
+
+    use http_body::Frame;
+    use tokio::time::{Sleep, sleep};
+
+    use super::*;
+
+    /// A byte each second, for ever.
+    struct Endless(Pin<Box<Sleep>>);
+
+    impl Body for Endless {
+        type Data = Bytes;
+        type Error = Infallible;
+
+        fn poll_frame(
+            mut self: Pin<&mut Self>,
+            cx: &mut Context<'_>,
+        ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+            std::task::ready!(self.0.as_mut().poll(cx));
+            self.0 = Box::pin(sleep(Duration::from_secs(1)));
+            Poll::Ready(Some(Ok(Frame::data(Bytes::from_static(b"a")))))
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_endless_response_is_not_read_for_ever() {
+        let begin = Instant::now();
+        let body = Endless(Box::pin(sleep(Duration::ZERO)));
+        assert_eq!(read_body(body, 10).await, Err(Cause::Timeout));
+        assert_eq!(begin.elapsed().as_secs(), LONGEST_ATTEMPT.as_secs());
+    }
 }

@@ -3,7 +3,6 @@
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
     sync::Arc,
-    time::Duration,
 };
 
 use super::{
@@ -18,8 +17,6 @@ pub const WINDOW: usize = 1000;
 const LOW_WATER: usize = WINDOW / 4;
 /// Outcomes that may be on their way to the disk beyond the deliveries under way.
 const MAX_SETTLING: usize = 256;
-/// A `Retry-After` of a service that is down is obeyed up to here, or to `backoff.max` if that is longer.
-const LONGEST_PAUSE: Duration = Duration::from_secs(3600);
 
 /// See the [module](self).
 #[derive(Debug)]
@@ -67,6 +64,9 @@ struct Pause {
     failures: u32,
     until: UnixMillis,
     probing: bool,
+    /// Which of the deliveries that are due is the next probe, from 0 to 1. Those of a queue may be for several services, of
+    /// which some are there: each gets its turn.
+    pick: f64,
 }
 
 /// What a queue does next.
@@ -205,9 +205,18 @@ impl Lane {
         let paused = self.pause.as_ref().map_or(UnixMillis(0), |pause| pause.until);
         let gate = paused.max(UnixMillis(self.rate_allows.div_ceil(1000)));
         let is_free = |due: &DueDelivery| due.order_key.as_ref().is_none_or(|key| !self.busy.contains(key));
-        let Some((position, due)) = self.window.iter().find(|(_, due)| is_free(due)) else {
-            return LaneStep::Wait(None);
-        };
+        let mut free = self.window.iter().filter(|(_, due)| is_free(due));
+        let Some((mut position, mut due)) = free.next() else { return LaneStep::Wait(None) };
+        if let Some(pause) = &self.pause
+            && pause.until <= now
+            && self.policy.expiry(due.since) > now
+        {
+            let others: Vec<_> = free.take_while(|(_, due)| due.next <= now).collect();
+            let place = (pause.pick * (others.len() + 1) as f64) as usize;
+            if let Some(other) = place.checked_sub(1).and_then(|place| others.get(place)) {
+                (position, due) = *other;
+            }
+        }
         let position = *position;
         let expiry = self.policy.expiry(due.since);
         let expired = expiry <= now;
@@ -265,22 +274,24 @@ impl Lane {
     /// Pauses the queue while the system is down, and ends the pause.
     fn note_system(&mut self, outcome: DeliveryOutcome, is_probe: bool, now: UnixMillis, random: f64) {
         if let Some(retry_after) = outcome.is_down() {
-            let longest = LONGEST_PAUSE.max(self.policy.backoff.max.0);
-            let retry_after = retry_after.map(|after| after.min(longest));
             match &mut self.pause {
                 None => {
                     let until = now + self.policy.wait(1, retry_after, random);
                     // The probe of the pause before may still be under way: there is one at a time.
                     let probing = self.in_flight.values().any(|flight| flight.is_probe);
-                    self.pause = Some(Pause { failures: 1, until, probing });
+                    self.pause = Some(Pause { failures: 1, until, probing, pick: random });
                 }
                 Some(pause) if is_probe => {
                     pause.failures = pause.failures.saturating_add(1);
                     pause.until = now + self.policy.wait(pause.failures, retry_after, random);
                     pause.probing = false;
+                    pause.pick = random;
                 }
                 // Begun before the pause: it says the same again.
-                Some(pause) => pause.until = pause.until.max(now + retry_after.unwrap_or_default()),
+                Some(pause) if retry_after.is_some() => {
+                    pause.until = pause.until.max(now + self.policy.wait(1, retry_after, 0.0));
+                }
+                Some(_) => {}
             }
         } else if outcome.is_up() {
             self.pause = None;

@@ -8,6 +8,9 @@ use serde::{Deserialize, Serialize};
 use super::{DeadReason, Verdict};
 use crate::{resilience::backoff::BackoffSettings, text_value, units::HumanDuration, unix_time::UnixMillis};
 
+/// A `Retry-After` is obeyed up to here, or to `backoff.max` if that is longer.
+const LONGEST_RETRY_AFTER: Duration = Duration::from_secs(3600);
+
 /// The keys of `[[queue]]` by which deliveries are made.
 #[derive(Clone, Debug, PartialEq)]
 pub struct DeliveryPolicy {
@@ -123,6 +126,8 @@ pub enum DeliveryOutcome {
     Unreadable,
     /// Its client is no longer allowed to send it.
     NotAllowed,
+    /// The upstream that it is for is not configured any more.
+    NoUpstream,
 }
 
 impl DeliveryOutcome {
@@ -149,7 +154,9 @@ impl DeliveryPolicy {
         }
         let never_twice = self.ambiguous == AmbiguousPolicy::Dead;
         match outcome {
-            DeliveryOutcome::Unreadable | DeliveryOutcome::NotAllowed => Verdict::Dead(DeadReason::Poison),
+            DeliveryOutcome::Unreadable | DeliveryOutcome::NotAllowed | DeliveryOutcome::NoUpstream => {
+                Verdict::Dead(DeadReason::Poison)
+            }
             DeliveryOutcome::Interrupted { sent } if sent && never_twice => {
                 Verdict::Dead(DeadReason::Ambiguous)
             }
@@ -182,10 +189,11 @@ impl DeliveryPolicy {
         self.permanent.iter().any(|permanent| permanent.contains(status))
     }
 
-    /// Full jitter; a `Retry-After` is obeyed, jitter is only added to it.
+    /// Full jitter; a `Retry-After` is obeyed up to an hour or `backoff.max`, jitter is only added to it.
     pub(super) fn wait(&self, n: u32, retry_after: Option<Duration>, random: f64) -> Duration {
         let jitter = self.backoff.ceiling(n).mul_f64(random.clamp(0.0, 1.0));
-        retry_after.unwrap_or_default().saturating_add(jitter)
+        let longest = LONGEST_RETRY_AFTER.max(self.backoff.max.0);
+        retry_after.unwrap_or_default().min(longest).saturating_add(jitter)
     }
 
     /// When a delivery that was accepted then becomes a dead letter.
@@ -234,6 +242,7 @@ mod tests {
             (DeliveryOutcome::Interrupted { sent: true }, Verdict::Release, dead(Ambiguous)),
             (DeliveryOutcome::Unreadable, dead(Poison), dead(Poison)),
             (DeliveryOutcome::NotAllowed, dead(Poison), dead(Poison)),
+            (DeliveryOutcome::NoUpstream, dead(Poison), dead(Poison)),
         ] {
             assert_eq!(at_least_once.judge(outcome, 0, NOW, 0.5), retry, "{outcome:?}");
             assert_eq!(never_twice.judge(outcome, 0, NOW, 0.5), once, "{outcome:?}, never twice");
@@ -241,6 +250,19 @@ mod tests {
         assert_eq!(at_least_once.judge(response(500), 11, NOW, 0.5), dead(DeadReason::Attempts));
         assert_eq!(at_least_once.judge(later(503), 11, NOW, 0.5), Verdict::Release);
         assert_eq!(at_least_once.judge(response(500), 10, NOW, 1.0), wait(600_000));
+    }
+
+    #[test]
+    fn an_endless_retry_after_is_an_hour_or_the_longest_backoff() {
+        let endless = DeliveryOutcome::Response {
+            status: 429,
+            retry_after: Some(Duration::from_secs(99_999_999_999_999_999)),
+        };
+        let until = |policy: &DeliveryPolicy| policy.judge(endless, 0, NOW, 0.0);
+        let mut policy = DeliveryPolicy::default();
+        assert_eq!(until(&policy), Verdict::Wait { until: NOW + Duration::from_secs(3600) });
+        policy.backoff.max = HumanDuration::from_secs(7200);
+        assert_eq!(until(&policy), Verdict::Wait { until: NOW + Duration::from_secs(7200) });
     }
 
     #[test]

@@ -55,7 +55,12 @@ impl Scheduler {
     /// The queues of the configuration. What is under way goes on; a queue that is no longer named begins nothing more.
     pub fn configure(&mut self, queues: Vec<(Arc<str>, DeliveryPolicy)>) {
         for queue in &mut self.queues {
-            queue.removed = !queues.iter().any(|(name, _)| *name == queue.name);
+            let removed = !queues.iter().any(|(name, _)| *name == queue.name);
+            if queue.removed && !removed {
+                // Meanwhile it took nothing that was accepted, or is due again.
+                queue.reload();
+            }
+            queue.removed = removed;
         }
         for (name, policy) in queues {
             match self.queue(&name) {

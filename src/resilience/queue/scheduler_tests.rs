@@ -78,6 +78,29 @@ fn a_queue_that_is_no_longer_configured_ends_what_it_began() {
     assert_eq!(scheduler.finished(("orders", due.id), DONE, START, 0.5), None);
 }
 
+#[test]
+fn a_queue_that_is_configured_again_reads_what_it_missed() {
+    let mut scheduler = Scheduler::default();
+    let orders = || vec![("orders".into(), DeliveryPolicy::default())];
+    scheduler.configure(orders());
+    let Step::Load { queue, limit } = scheduler.next(START) else { panic!() };
+    let [first, second] = [1, 2].map(due_now);
+    scheduler.loaded(&queue, Some(vec![first.clone(), second]), limit);
+    for _ in 0..2 {
+        assert!(matches!(scheduler.next(START), Step::Deliver { .. }));
+    }
+    scheduler.configure(Vec::new());
+    let failed = DeliveryOutcome::Response { status: 500, retry_after: None };
+    let verdict = scheduler.finished(("orders", first.id), failed, START, 0.0);
+    assert_eq!(verdict, Some(Verdict::Wait { until: START }));
+    // It is not forgotten, though the queue takes nothing now.
+    scheduler.settled("orders", first.id, None);
+    scheduler.configure(orders());
+    let Step::Load { queue, limit } = scheduler.next(START) else { panic!("the store is not read again") };
+    scheduler.loaded(&queue, Some(vec![first.clone()]), limit);
+    assert!(matches!(scheduler.next(START), Step::Deliver { due, .. } if due.id == first.id));
+}
+
 /// A delivery that is accepted while the store is being read is not forgotten.
 #[test]
 fn an_acceptance_during_a_read_is_seen() {

@@ -281,6 +281,34 @@ fn a_bad_message_dies_alone() {
     assert!(last >= 91, "{last}");
 }
 
+/// One queue of several services: those that are there get theirs.
+#[test]
+fn a_service_that_is_down_does_not_block_the_others_of_its_queue() {
+    let mut world = World::new(&[("orders", DeliveryPolicy::default())], 9);
+    for _ in 0..20 {
+        world.accept("orders", None);
+    }
+    world.run(MINUTE * 60, |_, _, due| {
+        (if due.seq <= 10 { DOWN } else { response(200) }, Duration::from_millis(5))
+    });
+    assert_eq!(world.ends(), BTreeMap::from([("done", 10), ("pending", 10)]));
+    assert!(world.rows.values().all(|row| row.attempts == 0));
+}
+
+#[test]
+fn a_delivery_without_an_upstream_dies_alone_and_pauses_nothing() {
+    let mut world = World::new(&[("orders", DeliveryPolicy::default())], 10);
+    for _ in 0..20 {
+        world.accept("orders", None);
+    }
+    world.run(MINUTE, |_, _, due| {
+        let outcome = if due.seq == 1 { DeliveryOutcome::NoUpstream } else { response(200) };
+        (outcome, Duration::from_millis(5))
+    });
+    assert_eq!(world.ends(), BTreeMap::from([("done", 19), ("poison", 1)]));
+    assert_eq!(world.probes, 0);
+}
+
 #[test]
 fn queues_take_turns() {
     let policy = DeliveryPolicy { concurrency: 1000, ..DeliveryPolicy::default() };

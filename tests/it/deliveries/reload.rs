@@ -49,3 +49,53 @@ fn a_route_is_queued_after_a_reload() {
     proxy.reconfigure(&queued.replace("name = \"orders\" }", "name = \"orders\", when = \"always\" }"));
     eventually("a 202", || ask(&proxy, "POST /orders", "", "").status() == 202);
 }
+
+/// One queue of two upstreams, of which one is removed while a delivery to it waits.
+#[test]
+fn a_delivery_whose_upstream_was_removed_is_a_dead_letter_and_the_others_go_on() {
+    let (service, store) = (Service::start(), tempfile::tempdir().unwrap());
+    let upstream = |name: &str, address: SocketAddr| {
+        format!(
+            "[[upstream]]\nname = \"{name}\"\nendpoints = [\"{address}\"]\nbreaker = false\n\
+             [[upstream.route]]\nmatch = {{ path = \"/orders*\" }}\nqueue = {{ name = \"orders\" }}\n"
+        )
+    };
+    let stored = format!("[store]\npath = \"{}\"\nreserve = \"64KiB\"\n{QUEUE}", store.path().display());
+    let one = format!("{stored}{}", upstream("payments", service.address()));
+    let proxy = Proxy::start(format!("{one}{}", upstream("stock", refusing_address())));
+    let length = "Prefer: respond-async\r\ncontent-length: 3";
+    let request = format!("POST /orders HTTP/1.1\r\nHost: stock\r\n{length}\r\n\r\none");
+    let accepted = RawClient::connect(proxy.outbound()).ask(request);
+    assert_eq!(accepted.status(), 202, "{}", accepted.text());
+    let location = accepted.field("location").unwrap();
+    eventually("the pause", || proxy.stderr().contains("the queue is paused"));
+    // The other service is there: its deliveries do not wait for the one that is down.
+    let other = order(&proxy, "two");
+    eventually("the delivery", || is_in_state(&proxy, &other, "done"));
+    assert!(is_in_state(&proxy, location, "queued") || is_in_state(&proxy, location, "delivering"));
+    proxy.reconfigure(&one);
+    eventually("the end", || is_in_state(&proxy, location, "dead"));
+    assert_eq!(state(&proxy, location)["reason"], "poison");
+    let last = order(&proxy, "three");
+    eventually("the delivery", || is_in_state(&proxy, &last, "done"));
+}
+
+/// The store is opened at the start only. Until then nothing is read that could not be stored.
+#[test]
+fn a_store_that_is_added_while_the_process_runs_refuses_or_sends_on() {
+    let (service, store) = (Service::start(), tempfile::tempdir().unwrap());
+    let text = |route: &str| config(store.path(), service.address(), QUEUE, route);
+    let proxy =
+        Proxy::start(format!("[[upstream]]\nname = \"payments\"\nendpoints = [\"{}\"]\n", service.address()));
+    proxy.reconfigure(&text(", when = \"always\""));
+    let mut refused = ask(&proxy, "POST /orders", "", "one");
+    eventually("a refusal", || {
+        refused = ask(&proxy, "POST /orders", "", "one");
+        refused.status() == 503
+    });
+    assert_eq!(json(&refused)["cause"].as_str(), Some("store_failed"));
+    for route in [", when = \"unavailable\"", ""] {
+        proxy.reconfigure(&text(route));
+        eventually("the service", || ask(&proxy, "POST /orders", ASYNC, "two").status() == 200);
+    }
+}
