@@ -120,8 +120,9 @@ impl Store {
         self.submit(Task::growing(bytes, move |batch| batch.accept(random, &new))).await
     }
 
-    /// Notes, on the disk, that an attempt begins which must not be repeated after a crash.
-    pub async fn start(&self, id: DeliveryId) -> Result<(), StoreError> {
+    /// Notes, on the disk, that an attempt begins which must not be repeated after a crash. False: one has begun before, and
+    /// its outcome was not written.
+    pub async fn start(&self, id: DeliveryId) -> Result<bool, StoreError> {
         self.run(move |batch| batch.start(id)).await
     }
 

@@ -25,6 +25,9 @@ const STORE_RETRY: Duration = Duration::from_secs(1);
 /// A verdict that could not be stored for this long is given up: the delivery is repeated.
 const LONGEST_WRITE: Duration = Duration::from_secs(300);
 
+/// The cause where an attempt began whose outcome was never written.
+const OUTCOME_LOST: &str = "outcome_lost";
+
 /// How a task ended.
 pub enum TaskEnd {
     /// Boxed: a report holds the whole response.
@@ -144,8 +147,11 @@ impl Attempt {
             }
             content => content?,
         };
-        if self.starts {
-            queues.store.start(due.id).await?;
+        if self.starts && !queues.store.start(due.id).await? {
+            // An earlier attempt may have been processed: its outcome could not be written.
+            let mut report = Report::failed(DeliveryOutcome::Interrupted { sent: true }, OUTCOME_LOST);
+            report.attempt = Some(due.attempts + 1);
+            return Ok(TaskEnd::Attempted(Box::new(report)));
         }
         let mut report = attempt::perform(worker, due, stored, Bytes::from(body), self.result_limit).await;
         report.attempt = Some(due.attempts + 1);

@@ -168,14 +168,15 @@ impl Batch<'_> {
         Ok(statement.exists([queue, order_key])?)
     }
 
-    /// Notes that an attempt begins which must not be repeated after a crash.
-    pub(super) fn start(&mut self, id: DeliveryId) -> Result<(), StoreError> {
+    /// Notes that an attempt begins which must not be repeated after a crash. False: one has begun before, and what became
+    /// of it is not known.
+    pub(super) fn start(&mut self, id: DeliveryId) -> Result<bool, StoreError> {
+        let row = self.pending_row(id)?;
         let mut statement = self
             .database
             .connection
-            .prepare_cached("UPDATE delivery SET started = ?2 WHERE id = ?1 AND state < 2")?;
-        let changed = statement.execute(params![id.to_bytes(), self.now.0])?;
-        if changed == 0 { Err(StoreError::NotFound) } else { Ok(()) }
+            .prepare_cached("UPDATE delivery SET started = ?2 WHERE seq = ?1 AND started IS NULL")?;
+        Ok(statement.execute(params![row.seq, self.now.0])? > 0)
     }
 
     /// Writes what an attempt means. Returns the next delivery of the same order, which may go now.

@@ -153,6 +153,17 @@ async fn an_interrupted_attempt_that_must_not_be_repeated_is_dead() {
 }
 
 #[tokio::test]
+async fn an_attempt_that_must_not_be_repeated_begins_once() {
+    let opened = open(&in_memory());
+    let id = accept(&opened.0, new_delivery("1")).await;
+    assert_eq!(opened.0.start(id).await, Ok(true));
+    assert_eq!(opened.0.start(id).await, Ok(false), "its outcome was never written");
+    opened.0.settle(id, Verdict::Release, None).await.unwrap();
+    assert_eq!(opened.0.start(id).await, Ok(true), "it was surely not sent");
+    close(opened);
+}
+
+#[tokio::test]
 async fn a_clock_that_was_set_makes_nothing_wait_and_nothing_lost() {
     let day = HOUR * 24;
     let directory = tempfile::tempdir().unwrap();
