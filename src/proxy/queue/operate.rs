@@ -25,12 +25,37 @@ pub enum OperateError {
     UnderWay(DeliveryId),
 }
 
+/// Has the deliverer read these queues again, however their change ends: it may be in the store, also after an error, and
+/// the client may leave before it hears of it.
+struct Changed<'a> {
+    of: &'a Queues,
+    queues: &'a BTreeSet<String>,
+}
+
+impl Drop for Changed<'_> {
+    fn drop(&mut self) {
+        for queue in self.queues {
+            self.of.invalidate(queue);
+        }
+    }
+}
+
+/// The same with the queues that operators have stopped.
+struct HoldsChanged<'a>(&'a Queues);
+
+impl Drop for HoldsChanged<'_> {
+    fn drop(&mut self) {
+        self.0.lock().holds_changed = true;
+        self.0.changed.notify_one();
+    }
+}
+
 impl Queues {
     /// Stops or resumes the deliveries of a queue. Requests are accepted all the while. It holds across restarts.
     pub async fn set_paused(&self, queue: &str, is_paused: bool) -> Result<(), StoreError> {
+        let changed = HoldsChanged(self);
         self.store.set_paused(queue.to_owned(), is_paused).await?;
-        self.lock().holds_changed = true;
-        self.changed.notify_one();
+        drop(changed);
         tracing::info!(queue, is_paused, "an operator changed the queue");
         Ok(())
     }
@@ -50,10 +75,11 @@ impl Queues {
         let mut at = self.store.now();
         let mut replayed = 0;
         for page in ids.chunks(REPLAY_PAGE) {
+            let _changed = Changed { of: self, queues: &queues };
             replayed += self.store.replay(page.to_vec(), at, spacing).await?;
             at = at + spacing.saturating_mul(page.len() as u32);
         }
-        self.replayed(&queues, replayed);
+        tracing::info!(?queues, count = replayed, "an operator replayed dead letters");
         Ok(replayed)
     }
 
@@ -69,18 +95,12 @@ impl Queues {
             let ids: Vec<DeliveryId> = page.iter().map(|delivery| delivery.id).collect();
             queues.extend(page.into_iter().map(|delivery| delivery.queue));
             let count = ids.len() as u32;
+            let _changed = Changed { of: self, queues: &queues };
             replayed += self.store.replay(ids, at, spacing).await?;
             at = at + spacing.saturating_mul(count);
         }
-        self.replayed(&queues, replayed);
+        tracing::info!(?queues, count = replayed, "an operator replayed dead letters");
         Ok(replayed)
-    }
-
-    fn replayed(&self, queues: &BTreeSet<String>, count: u64) {
-        for queue in queues {
-            self.invalidate(queue);
-        }
-        tracing::info!(?queues, count, "an operator replayed dead letters");
     }
 
     /// Makes a pending delivery a dead letter, deletes any other. Returns the state that it had.
