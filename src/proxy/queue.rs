@@ -16,6 +16,8 @@ mod prefer;
 mod resource;
 mod stored;
 mod task;
+#[cfg(test)]
+mod tests;
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -225,29 +227,19 @@ impl Queues {
     }
 
     /// Completes when the delivery ends. One that has ended before is not noticed.
-    fn wait_for_end(&self, id: DeliveryId) -> oneshot::Receiver<()> {
-        let (ended, waiter) = oneshot::channel();
+    fn wait_for_end(&self, id: DeliveryId) -> EndWaiter<'_> {
+        let (ended, receiver) = oneshot::channel();
         let waiters = &mut self.lock().waiters;
         let list = waiters.entry(id).or_default();
         list.retain(|other| !other.is_closed());
         list.push(ended);
-        waiter
+        EndWaiter { queues: self, id, ended: receiver }
     }
 
     fn notify_end(&self, id: DeliveryId) {
         for waiter in self.lock().waiters.remove(&id).into_iter().flatten() {
             // A client that no longer waits asks for the state.
             let _ = waiter.send(());
-        }
-    }
-
-    fn forget_waiters(&self, id: DeliveryId) {
-        let waiters = &mut self.lock().waiters;
-        if let Some(list) = waiters.get_mut(&id) {
-            list.retain(|other| !other.is_closed());
-            if list.is_empty() {
-                waiters.remove(&id);
-            }
         }
     }
 
@@ -261,6 +253,33 @@ impl Queues {
 }
 
 /// Releases a claim however its request ends: a client may leave at any time.
+/// A client that waits for the end of a delivery. It may leave at any time.
+struct EndWaiter<'a> {
+    queues: &'a Queues,
+    id: DeliveryId,
+    ended: oneshot::Receiver<()>,
+}
+
+impl EndWaiter<'_> {
+    async fn wait(&mut self) {
+        // The sender lives in `queues`.
+        let _ = (&mut self.ended).await;
+    }
+}
+
+impl Drop for EndWaiter<'_> {
+    fn drop(&mut self) {
+        self.ended.close();
+        let waiters = &mut self.queues.lock().waiters;
+        if let Some(list) = waiters.get_mut(&self.id) {
+            list.retain(|other| !other.is_closed());
+            if list.is_empty() {
+                waiters.remove(&self.id);
+            }
+        }
+    }
+}
+
 struct ClaimGuard<'a> {
     queues: &'a Queues,
     id: DeliveryId,

@@ -22,6 +22,8 @@ pub enum ReadBody {
     Whole(Bytes),
     /// It is larger than the limit: what was read, and the rest.
     TooLarge(ClientBody),
+    /// There is no memory for it: what was read, and the rest.
+    NoMemory(ClientBody),
 }
 
 impl BufferedBody {
@@ -29,22 +31,26 @@ impl BufferedBody {
         ClientBody::Buffered(Box::new(Self { read: bytes, rest: None }))
     }
 
-    /// Reads a body up to `limit`. Trailers are dropped: what is stored has none. `moved` is called for each part, with its
-    /// length.
+    /// Reads a body up to `limit`. Trailers are dropped: what is stored has none. `grow` is called for each part, with its
+    /// length and that of all parts; false: there is no memory for it.
     pub async fn read(
         mut body: ClientBody,
         limit: u64,
-        mut moved: impl FnMut(usize),
+        mut grow: impl AsyncFnMut(usize, usize) -> bool,
     ) -> Result<ReadBody, BodyError> {
         let mut read = BytesMut::new();
+        let rest = |read: BytesMut, body| {
+            ClientBody::Buffered(Box::new(Self { read: read.freeze(), rest: Some(body) }))
+        };
         while let Some(frame) = std::future::poll_fn(|cx| std::pin::Pin::new(&mut body).poll_frame(cx)).await
         {
             let Ok(data) = frame?.into_data() else { continue };
-            moved(data.len());
             read.extend_from_slice(&data);
             if read.len() as u64 > limit {
-                let rest = Self { read: read.freeze(), rest: Some(body) };
-                return Ok(ReadBody::TooLarge(ClientBody::Buffered(Box::new(rest))));
+                return Ok(ReadBody::TooLarge(rest(read, body)));
+            }
+            if !grow(data.len(), read.len()).await {
+                return Ok(ReadBody::NoMemory(rest(read, body)));
             }
         }
         Ok(ReadBody::Whole(read.freeze()))

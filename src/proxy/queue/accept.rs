@@ -7,8 +7,11 @@ use http::{
     HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode,
     header::{CACHE_CONTROL, CONTENT_TYPE, LOCATION, RETRY_AFTER, UPGRADE},
 };
-use http_body::{Body, SizeHint};
-use tokio::{sync::SemaphorePermit, time::timeout};
+use http_body::Body;
+use tokio::{
+    sync::{Semaphore, SemaphorePermit},
+    time::timeout,
+};
 
 use super::{
     ASK_AGAIN, INTAKE_KIB, INTAKE_WAIT, Queues, RETRY_WHEN_DRAINING, RETRY_WHEN_FULL, StoringGuard, identity,
@@ -29,7 +32,10 @@ use crate::{
         target::RouteTarget,
         worker::Phase,
     },
-    queue::{DeliveryId, store::NewDelivery},
+    queue::{
+        DeliveryId,
+        store::{DeliveryState, NewDelivery},
+    },
     resilience::{
         classify::RetryAdvice,
         queue::keys::{DeliveryOrder, QueueWhen, RouteQueue},
@@ -62,12 +68,17 @@ impl<'a> Intake<'a> {
         if *self.origin.worker.shared.phase.borrow() > Phase::Running {
             return self.while_draining(request).await;
         }
-        let _share = self.reserve(request.body().size_hint()).await?;
+        let queues = match queues(self.origin) {
+            Ok(queues) => queues,
+            Err(error) if when == QueueWhen::Always => return Err(error),
+            Err(_) => return self.forward(request).await,
+        };
+        let mut share = Share { intake: &queues.intake, permit: None };
         let body = std::mem::take(request.body_mut());
-        let body = match self.read(body).await? {
+        let body = match self.read(body, &mut share).await? {
             ReadBody::Whole(body) => body,
-            ReadBody::TooLarge(body) if when == QueueWhen::Always => {
-                drop(body);
+            ReadBody::NoMemory(_) if when == QueueWhen::Always => return Err(self.no_memory(queues)),
+            ReadBody::TooLarge(_) if when == QueueWhen::Always => {
                 let limit = self.route.queue.body_limit;
                 let detail = format!(
                     "the body is larger than `body_limit` of queue `{}`: {limit}",
@@ -75,7 +86,8 @@ impl<'a> Intake<'a> {
                 );
                 return Err(ProxyError::new(Cause::BodyTooLarge, detail));
             }
-            ReadBody::TooLarge(body) => {
+            ReadBody::TooLarge(body) | ReadBody::NoMemory(body) => {
+                drop(share);
                 *request.body_mut() = body;
                 return self.forward(request).await;
             }
@@ -90,7 +102,7 @@ impl<'a> Intake<'a> {
             // Its connection is not needed any more.
             drop(result);
         }
-        self.accept(head, body, prefer).await
+        self.accept(head, (body, share), prefer).await
     }
 
     /// During the drain no delivery begins, and where the store ends with the pod nothing more would be delivered.
@@ -113,36 +125,25 @@ impl<'a> Intake<'a> {
         cached::forward(self.origin, self.target, request, self.present).await
     }
 
-    /// Takes a share of the memory for bodies, until the request is stored. What a body has not announced counts as
-    /// `body_limit`.
-    async fn reserve(self, size: SizeHint) -> Result<Option<SemaphorePermit<'a>>, ProxyError> {
-        let Ok(queues) = queues(self.origin) else { return Ok(None) };
-        let queue = &self.route.queue;
-        let length = size.upper().unwrap_or(u64::MAX).min(queue.body_limit.0);
-        let share = u32::try_from(length >> 10).unwrap_or(u32::MAX).saturating_add(1).min(INTAKE_KIB);
-        match timeout(INTAKE_WAIT, queues.intake.acquire_many(share)).await {
-            Ok(share) => Ok(share.ok()),
-            Err(_) => {
-                queues.count_accepted(&queue.name, Cause::QueueFull.word());
-                let detail = format!(
-                    "the proxy reads as many requests for queues as its memory allows: {INTAKE_KIB} KiB"
-                );
-                Err(ProxyError::new(Cause::QueueFull, detail).retry_after(RETRY_WHEN_FULL))
-            }
-        }
+    fn no_memory(self, queues: &Queues) -> ProxyError {
+        queues.count_accepted(&self.route.queue.name, Cause::QueueFull.word());
+        let detail =
+            format!("the proxy reads as many requests for queues as its memory allows: {INTAKE_KIB} KiB");
+        ProxyError::new(Cause::QueueFull, detail).retry_after(RETRY_WHEN_FULL)
     }
 
     /// Reads the body up to `body_limit`. A body that is announced to be larger is not read.
-    async fn read(self, body: ClientBody) -> Result<ReadBody, ProxyError> {
+    async fn read(self, body: ClientBody, share: &mut Share<'_>) -> Result<ReadBody, ProxyError> {
         let limit = self.route.queue.body_limit.0;
         if body.size_hint().lower() > limit {
             return Ok(ReadBody::TooLarge(body));
         }
         let (policy, _) = self.target.route_owner.cluster.policy(self.target.route);
         let progress = self.origin.progress;
-        let reading = BufferedBody::read(body, limit, |length| {
+        let reading = BufferedBody::read(body, limit, async |length, total| {
             progress.moved();
             progress.with_record(|record| record.bytes_in += length as u64);
+            share.grow(total).await
         });
         // One timer for the whole body, which is small.
         let read = match policy.idle_timeout.limit() {
@@ -175,12 +176,14 @@ impl<'a> Intake<'a> {
     async fn accept(
         self,
         head: Head,
-        body: Bytes,
+        (body, share): (Bytes, Share<'_>),
         prefer: Prefer,
     ) -> Result<Response<ResponseBody>, ProxyError> {
         let name = &self.route.queue.name;
         let queues = queues(self.origin)?;
         let stored = self.store(queues, head, body, prefer).await;
+        // The wait for the result needs none.
+        drop(share);
         let id = match stored {
             Ok(id) => id,
             Err(error) => {
@@ -191,7 +194,7 @@ impl<'a> Intake<'a> {
         let longest = self.route.route.wait.0;
         let wait = prefer.wait.map_or(Duration::ZERO, |wait| wait.min(longest));
         if !wait.is_zero()
-            && let Some(mut response) = self.wait_for_result(queues, id, wait).await
+            && let Some(mut response) = wait_for_result(queues, id, wait).await
         {
             let asynchronous = if prefer.respond_async { "respond-async, " } else { "" };
             let applied = format!("{asynchronous}wait={}", wait.as_secs());
@@ -249,27 +252,51 @@ impl<'a> Intake<'a> {
         Ok(accepted.id)
     }
 
-    /// The service's response, if there is one in time.
-    async fn wait_for_result(
-        self,
-        queues: &Queues,
-        id: DeliveryId,
-        wait: Duration,
-    ) -> Option<Response<ResponseBody>> {
-        let ended = queues.wait_for_end(id);
-        let result = async {
-            let is_pending = queues.store.find(id).await.is_ok_and(|found| found.state.is_pending());
-            if is_pending {
-                // The sender lives in `queues`.
-                let _ = ended.await;
-            }
-            let outcome = queues.store.outcome(id).await.ok().flatten()?;
-            let pending = queues.store.find(id).await.is_ok_and(|found| found.state.is_pending());
-            resource::stored_response(outcome).filter(|_| !pending)
-        };
-        let result = timeout(wait, result).await.ok().flatten();
-        queues.forget_waiters(id);
-        result
+}
+/// The service's response, if there is one in time.
+pub(super) async fn wait_for_result(
+    queues: &Queues,
+    id: DeliveryId,
+    wait: Duration,
+) -> Option<Response<ResponseBody>> {
+    let mut ended = queues.wait_for_end(id);
+    let result = async {
+        let is_pending = queues.store.find(id).await.is_ok_and(|found| found.state.is_pending());
+        if is_pending {
+            ended.wait().await;
+        }
+        // One that was cancelled may have a response of an earlier attempt, which is no result.
+        let found = queues.store.find(id).await.ok()?;
+        if !matches!(found.state, DeliveryState::Done | DeliveryState::Dead) {
+            return None;
+        }
+        resource::stored_response(queues.store.outcome(id).await.ok().flatten()?)
+    };
+    timeout(wait, result).await.ok().flatten()
+}
+
+/// The memory that a body takes while it is read, and until it is stored.
+struct Share<'a> {
+    /// Of [`INTAKE_KIB`].
+    intake: &'a Semaphore,
+    permit: Option<SemaphorePermit<'a>>,
+}
+
+impl Share<'_> {
+    /// For so many bytes in all. False: there is no memory for them, and was none for some time.
+    async fn grow(&mut self, bytes: usize) -> bool {
+        let wanted = bytes.div_ceil(1024).clamp(1, INTAKE_KIB as usize);
+        let more = wanted.saturating_sub(self.permit.as_ref().map_or(0, SemaphorePermit::num_permits));
+        let more = u32::try_from(more).unwrap_or(INTAKE_KIB);
+        if more == 0 {
+            return true;
+        }
+        let Ok(Ok(permit)) = timeout(INTAKE_WAIT, self.intake.acquire_many(more)).await else { return false };
+        match &mut self.permit {
+            Some(held) => held.merge(permit),
+            none => *none = Some(permit),
+        }
+        true
     }
 }
 

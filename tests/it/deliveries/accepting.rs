@@ -1,5 +1,7 @@
 //! Which requests are queued, and what their clients get.
 
+use std::time::Instant;
+
 use super::*;
 use crate::support::{eventually, refusing_address};
 
@@ -116,23 +118,43 @@ fn a_full_queue_and_a_full_store_refuse() {
     assert!(refused.field("retry-after").is_some());
 }
 
-/// Bodies that are being read are in memory: 64 MiB of them.
+/// What has arrived of bodies that are being read is in memory: 64 MiB of it. Beyond that requests are refused, or sent on
+/// where they may be.
 #[test]
 fn bodies_share_a_bounded_memory() {
-    let (service, store) = (Service::start(), tempfile::tempdir().unwrap());
-    let queue = format!("{QUEUE}body_limit = \"64MiB\"\n");
-    let proxy = Proxy::start(config(store.path(), service.address(), &queue, ", when = \"always\""));
-    let mut large = RawClient::connect(proxy.outbound());
-    large.send("POST /orders HTTP/1.1\r\nHost: payments\r\ncontent-length: 67108864\r\n\r\nbegin");
-    let mut last = ask(&proxy, "POST /orders", "", "small");
-    eventually("a refusal", || {
-        last = ask(&proxy, "POST /orders", "", "small");
-        last.status() == 503
-    });
-    assert_eq!(json(&last)["cause"].as_str(), Some("queue_full"));
-    assert!(last.field("retry-after").is_some());
-    drop(large);
-    assert_eq!(ask(&proxy, "POST /orders", "", "small").status(), 202);
+    let (service, queue) = (Service::start(), format!("{QUEUE}body_limit = \"64MiB\"\n"));
+    for when in ["always", "unavailable"] {
+        let store = tempfile::tempdir().unwrap();
+        let route = format!(", when = \"{when}\"");
+        let proxy = Proxy::start(config(store.path(), service.address(), &queue, &route));
+        let small = || ask(&proxy, "POST /orders", "", "small");
+        let served = small().status();
+        let mut large = RawClient::connect(proxy.outbound());
+        large.send("POST /orders HTTP/1.1\r\nHost: payments\r\nExpect: 100-continue\r\ncontent-length: 67108864\r\n\r\n");
+        large.read_until(b"\r\n\r\n");
+        large.send("begin");
+        assert_eq!(small().status(), served, "what has not arrived takes nothing");
+        large.send(vec![b'a'; 67_108_850]);
+        let mut last = small();
+        if when == "always" {
+            eventually("a refusal", || {
+                last = small();
+                last.status() == 503
+            });
+            assert_eq!(json(&last)["cause"].as_str(), Some("queue_full"));
+            assert!(last.field("retry-after").is_some());
+        } else {
+            eventually("a request that finds no memory", || {
+                let begin = Instant::now();
+                last = small();
+                assert_eq!((last.status(), last.text().as_str()), (200, "seen small"));
+                // As long as a request waits for it.
+                begin.elapsed() >= Duration::from_secs(1)
+            });
+        }
+        drop(large);
+        assert_eq!(small().status(), served, "{when}");
+    }
 }
 
 #[test]
