@@ -44,6 +44,21 @@ const PATH_OVERRIDES: [&str; 2] = ["x-original-url", "x-rewrite-url"];
 /// `Retry-After` where a token could not be checked.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
+/// Whose token a request carries: deliveries belong to it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EndUser(String);
+
+impl EndUser {
+    fn of(issuer: &str, claims: &Claims) -> Self {
+        Self(serde_json::json!([issuer, claims.get("sub")]).to_string())
+    }
+
+    /// No two users have the same.
+    pub fn name(&self) -> &str {
+        &self.0
+    }
+}
+
 /// Authorizes a request and writes the claims of its token into the header fields that the configuration names.
 pub async fn check_request<B>(
     connection: &Connection,
@@ -98,6 +113,11 @@ pub async fn check_request<B>(
         enforce(decided.map_err(not_allowed), observed, record_failure)?;
     }
     set_claim_headers(users, claims.as_deref(), request.headers_mut());
+    if !view.snapshot.inbound.queue_routes.is_empty()
+        && let Some(claims) = &claims
+    {
+        request.extensions_mut().insert(EndUser::of(&users.expected.issuer, claims));
+    }
     Ok(())
 }
 

@@ -31,6 +31,7 @@ use tokio::sync::{Notify, Semaphore, oneshot};
 pub use accept::why_not_queued;
 
 use super::{
+    authorize::EndUser,
     body::{ClientBody, ResponseBody},
     cached,
     error::ProxyError,
@@ -252,7 +253,6 @@ impl Queues {
     }
 }
 
-/// Releases a claim however its request ends: a client may leave at any time.
 /// A client that waits for the end of a delivery. It may leave at any time.
 struct EndWaiter<'a> {
     queues: &'a Queues,
@@ -280,6 +280,7 @@ impl Drop for EndWaiter<'_> {
     }
 }
 
+/// Releases a claim however its request ends: a client may leave at any time.
 struct ClaimGuard<'a> {
     queues: &'a Queues,
     id: DeliveryId,
@@ -340,12 +341,16 @@ fn queues<'a>(origin: &Origin<'a>) -> Result<&'a Queues, ProxyError> {
     })
 }
 
-/// Who a delivery belongs to: the service itself, or the peer that sent it.
-fn identity(origin: &Origin<'_>) -> String {
-    match (origin.side, origin.client.and_then(|client| client.peer_identity.as_deref())) {
+/// Who a delivery belongs to: the service itself, or the peer that sent it, and the user behind it whose token it carried.
+fn identity(origin: &Origin<'_>, user: Option<&EndUser>) -> String {
+    let sender = match (origin.side, origin.client.and_then(|client| client.peer_identity.as_deref())) {
         (Side::Inbound, Some(peer)) => Peer::to_string(peer),
         (Side::Inbound, None) => "anonymous".to_owned(),
         _ => "service".to_owned(),
+    };
+    match user {
+        Some(user) => format!("{sender} {}", user.name()),
+        None => sender,
     }
 }
 

@@ -226,6 +226,7 @@ impl<'a> Intake<'a> {
             DeliveryOrder::Header(name) => text(&head.headers, name),
         };
         let idempotency_key = text(&head.headers, IDEMPOTENCY_KEY);
+        let identity = identity(self.origin, head.user.as_ref());
         let mut request = stored::store(self.origin, self.target, head, strip)?;
         if prefer.respond_async {
             // Honoured here: the delivery waits for the result.
@@ -234,7 +235,7 @@ impl<'a> Intake<'a> {
         let new = NewDelivery {
             queue: queue.name.clone(),
             limits: queue.limits(),
-            identity: identity(self.origin),
+            identity,
             idempotency_key,
             order_key,
             request,
@@ -251,8 +252,8 @@ impl<'a> Intake<'a> {
         }
         Ok(accepted.id)
     }
-
 }
+
 /// The service's response, if there is one in time.
 pub(super) async fn wait_for_result(
     queues: &Queues,

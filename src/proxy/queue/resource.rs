@@ -33,9 +33,10 @@ pub async fn serve(
 ) -> Result<Response<ResponseBody>, ProxyError> {
     let DeliveryPath { id, response } = DeliveryPath::parse(request.uri().path()).ok_or_else(unknown)?;
     let queues = queues(origin)?;
+    let client = identity(origin, request.extensions().get());
     let summary = match queues.store.find(id).await {
-        Ok(summary) if summary.identity == identity(origin) => summary,
-        Err(StoreError::NotFound) => return Err(deleted(queues, id, identity(origin)).await),
+        Ok(summary) if summary.identity == client => summary,
+        Err(StoreError::NotFound) => return Err(deleted(queues, id, client).await),
         Ok(_) => return Err(unknown()),
         Err(error) => return Err(store_error(&error)),
     };

@@ -8,7 +8,9 @@ use http::{
     uri::{Authority, PathAndQuery, Scheme},
 };
 
-use super::super::{body::ClientBody, error::ProxyError, headers, origin::Origin, target::RouteTarget};
+use super::super::{
+    authorize::EndUser, body::ClientBody, error::ProxyError, headers, origin::Origin, target::RouteTarget,
+};
 use crate::{
     field_set::FieldSet,
     header_names::{X_FORWARDED_CLIENT_CERT, X_OUTRIGGER_ATTEMPT},
@@ -30,6 +32,8 @@ pub struct Head {
     pub method: Method,
     pub uri: Uri,
     pub headers: HeaderMap,
+    /// Of the verified token.
+    pub user: Option<EndUser>,
 }
 
 impl Head {
@@ -38,6 +42,7 @@ impl Head {
             method: request.method().clone(),
             uri: request.uri().clone(),
             headers: request.headers().clone(),
+            user: request.extensions().get().cloned(),
         }
     }
 }
@@ -49,7 +54,7 @@ pub fn store(
     head: Head,
     strip: &[HeaderName],
 ) -> Result<StoredRequest, ProxyError> {
-    let Head { method, uri, mut headers } = head;
+    let Head { method, uri, mut headers, .. } = head;
     let present = FieldSet::of(&headers);
     headers::remove_hop_by_hop(&mut headers, present)?;
     headers::remove_proxy_credentials(&mut headers, present);

@@ -1,7 +1,13 @@
 //! Requests to the service that are queued in front of it.
 
 use super::*;
-use crate::support::{eventually, pki::Pki, tls::TlsClient};
+use crate::support::{
+    eventually,
+    issuer::{ISSUER, Issuer, good_claims},
+    pki::Pki,
+    tls::TlsClient,
+    tokens::Signer,
+};
 
 fn inbound_config(store: &Path, service: SocketAddr, more: &str) -> String {
     format!(
@@ -101,4 +107,34 @@ fn a_client_that_is_no_longer_allowed_is_not_delivered_from() {
         send(&bob, &proxy, &get(&orders[1]), "", "").starts_with("HTTP/1.1 403")
     });
     assert_eq!(service.received().len(), 1);
+}
+
+/// With `[inbound.jwt]` a delivery belongs to the user whose token it came with, not to all users behind one peer.
+#[test]
+fn users_behind_one_peer_share_no_keys_and_no_results() {
+    let (issuer, service, store) = (Issuer::start(), Service::start(), tempfile::tempdir().unwrap());
+    let signer = Signer::ec("ec");
+    issuer.publish(&[&signer]);
+    let jwt = format!(
+        "[inbound.jwt]\nissuer = \"{ISSUER}\"\naudiences = [\"checkout\"]\njwks = \"{}\"",
+        issuer.keys_url()
+    );
+    let proxy = Proxy::start(inbound_config(store.path(), service.address(), &jwt));
+    let [ann, bob] = ["ann", "bob"].map(|user| {
+        let mut claims = good_claims();
+        claims["sub"] = user.into();
+        format!("Authorization: Bearer {}\r\n", signer.token(&claims))
+    });
+    let send = |token: &str| {
+        let fields = format!("Idempotency-Key: k1\r\n{ASYNC}{token}");
+        let accepted = ask_at(proxy.inbound(), "POST /orders", &fields, "same");
+        assert_eq!(accepted.status(), 202, "{}", accepted.text());
+        accepted.field("location").unwrap().to_owned()
+    };
+    let (first, second) = (send(&ann), send(&bob));
+    assert_ne!(first, second);
+    assert_eq!(send(&ann), first);
+    let get = |token: &str| ask_at(proxy.inbound(), &format!("GET {first}"), token, "").status();
+    assert_eq!((get(&ann), get(&bob)), (200, 404));
+    eventually("both deliveries", || service.bodies() == ["same", "same"]);
 }
