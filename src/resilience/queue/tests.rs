@@ -281,7 +281,7 @@ fn a_bad_message_dies_alone() {
     assert!(last >= 91, "{last}");
 }
 
-/// One queue of several services: those that are there get theirs.
+/// One queue of several services: what is for those that are there is delivered.
 #[test]
 fn a_service_that_is_down_does_not_block_the_others_of_its_queue() {
     let mut world = World::new(&[("orders", DeliveryPolicy::default())], 9);
