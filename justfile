@@ -46,7 +46,7 @@ caches *ARGS:
     benches/release
     python3 benches/peers/caches.py {{ARGS}}
 
-# Record the profile of hot code for the release anew (needs llvm-profdata; half an hour)
+# Record the profile of hot code for the release anew (needs llvm-profdata; a quarter of an hour)
 learn:
     benches/release learn
 
